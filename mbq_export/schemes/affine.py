@@ -1,0 +1,117 @@
+"""Real weights to integer codes and back, per row and group of columns.
+
+    lo = min(0, min w)    hi = max(0, max w)          zero is always inside the range
+    s  = fp16(max((hi - lo) / L, 2**-14))             rounded once, before any code is chosen
+    z  = clamp(rint(-lo / s), 0, L)
+    u  = clamp(rint(w / s) + z, 0, L)                 L = 2**bits - 1
+    w' = (u - z) * s
+
+Computes in float32 whatever the input; rounding is half to even. The compatible rule of the published MBQ
+code (thu-nics/MBQ, ``pseudo_quantize_tensor``) leaves zero out of the range, takes the scale in the tensor's
+own dtype and does not round it again: a group that does not straddle zero then saturates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mbq_export.errors import FormatError
+from mbq_export.schemes.base import SMALLEST_SCALE, QuantScheme, groups_of
+
+FP16_LARGEST = 65504.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codes:
+    """Integer codes of one weight and what turns them back into numbers.
+
+    Attributes:
+        codes: (N, K) uint8, each in [0, 2**bits).
+        scales: (N, G) float16; in compatible mode the weight's dtype.
+        zeros: (N, G) uint8.
+        clamped: Groups whose scale was raised to the smallest allowed.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    clamped: int
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale."""
+        return int(self.codes.shape[1] // self.scales.shape[1])
+
+
+def quantize(
+    weight: Tensor, *, scheme: QuantScheme, group_size: int, compat: bool = False
+) -> Codes:
+    """Round a weight to the nearest code of each group (METHODS 2.1; compatible: 2.5).
+
+    Args:
+        weight: (N, K), any floating dtype.
+        scheme: Gives the width of a code.
+        group_size: Columns that share a scale; must divide K.
+        compat: Use the published rule instead of ours.
+
+    Raises:
+        UsageError: E2004 if the group size does not divide K.
+        FormatError: E4110 for a value that is not finite, E4112 for a range that fp16 cannot hold.
+    """
+    rows, columns = weight.shape
+    grouped = weight.reshape(rows, groups_of(columns, group_size), group_size)
+    if not torch.isfinite(grouped).all():
+        raise FormatError(
+            "E4110",
+            f"{int((~torch.isfinite(weight)).sum())} of {weight.numel()} weights are not finite.",
+            why="a NaN or infinite weight has no code",
+            fix="check the checkpoint: mbq-export inspect MODEL",
+        )
+    # The published rule works in the weight's own dtype, ours in float32.
+    exact = grouped if compat else grouped.float()
+    scales, zeros, clamped = (_compat_grid if compat else _grid)(exact, scheme.largest_code)
+    return Codes(
+        codes=_codes(exact, scales, zeros, scheme.largest_code).reshape(rows, columns),
+        scales=scales,
+        zeros=zeros.to(torch.uint8),
+        clamped=clamped,
+    )
+
+
+def dequantize(codes: Codes) -> Tensor:
+    """Turn codes back into (N, K) float32 weights, ``(u - z) * s``."""
+    rows, columns = codes.codes.shape
+    grouped = codes.codes.reshape(rows, -1, codes.group_size).float()
+    real = (grouped - codes.zeros[..., None].float()) * codes.scales[..., None].float()
+    return real.reshape(rows, columns)
+
+
+def _grid(grouped: Tensor, largest: int) -> tuple[Tensor, Tensor, int]:
+    low = grouped.amin(-1).clamp(max=0.0)
+    high = grouped.amax(-1).clamp(min=0.0)
+    step = (high - low) / largest
+    if float(step.max()) > FP16_LARGEST:
+        raise FormatError(
+            "E4112",
+            f"A group spans {float((high - low).max()):.3g}.",
+            why=f"its scale must fit fp16, so a group may span {FP16_LARGEST * largest:.3g}",
+            fix="check the checkpoint: mbq-export inspect MODEL",
+        )
+    # Round the scale first: every consumer multiplies by the fp16 value, so the codes must be chosen
+    # against it. 1.0 at s = 0.4 is a tie; at fp16(0.4) it is not.
+    scales = step.clamp(min=SMALLEST_SCALE).to(torch.float16)
+    zeros = torch.round(-low / scales.float()).clamp(0, largest)
+    return scales, zeros, int((step < SMALLEST_SCALE).sum())
+
+
+def _compat_grid(grouped: Tensor, largest: int) -> tuple[Tensor, Tensor, int]:
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    scales = (high - low).clamp(min=1e-5) / largest
+    zeros = (-torch.round(low / scales)).clamp(0, largest)
+    return scales, zeros, int(((high - low) < 1e-5).sum())
+
+
+def _codes(grouped: Tensor, scales: Tensor, zeros: Tensor, largest: int) -> Tensor:
+    steps = torch.round(grouped / scales[..., None].to(grouped.dtype))
+    return (steps + zeros[..., None].to(grouped.dtype)).clamp(0, largest).to(torch.uint8)

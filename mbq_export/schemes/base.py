@@ -1,0 +1,160 @@
+"""What a number format is, and one linear layer packed in it.
+
+Axis letters, used in every docstring of the project:
+
+    N  output features        B  batch
+    K  input features         T  sequence length
+    G  groups along K         H  attention heads
+    M  rows of activations    D  width of one head
+
+A stored code ``u`` is unsigned, ``0 <= u < 2**bits``; the weight it stands for is ``(u - z) * s``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mbq_export.errors import FormatError, UsageError
+
+GROUP_SIZES: Final = (32, 64, 128)
+CHANNEL: Final = 0
+"""Group size that stands for one group per output channel."""
+
+# The smallest normal fp16 number: kernels assume that group scales are normal.
+SMALLEST_SCALE: Final = 2.0**-14
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedWeight:
+    """One linear layer as it lies on disk and in an ONNX initializer.
+
+    Attributes:
+        words: (N, ceil(K * bits / 32)) uint32 in layout ``dense``.
+        scales: (N, G) float16, in weight units per code.
+        zeros: (N, G) uint8, in codes; None when the scheme is symmetric.
+        k: K, which the words alone do not tell.
+        bits: Width of a code.
+        group_size: Columns that share a scale; `CHANNEL` for one group per row.
+        bias: (N,) in the model's dtype, or None.
+    """
+
+    words: NDArray[np.uint32]
+    scales: NDArray[np.float16]
+    zeros: NDArray[np.uint8] | None
+    k: int
+    bits: int
+    group_size: int
+    bias: NDArray[np.floating] | None = None
+
+    @property
+    def n(self) -> int:
+        """Output features."""
+        return int(self.words.shape[0])
+
+    @property
+    def groups(self) -> int:
+        """Groups per row."""
+        return int(self.scales.shape[1])
+
+
+LinearReference = Callable[[NDArray[np.floating], PackedWeight], NDArray[np.float64]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantScheme:
+    """One number format.
+
+    Attributes:
+        name: The name users type, for example ``w3a16``.
+        weight_bits: Width of a code.
+        symmetric: True if there are no zero points.
+        group_size: Default columns per scale.
+        act_bits: Width of activations; 16 leaves them in the model's dtype.
+        checkpoint_layout: Canonical bit placement on disk.
+        kernel_layout: Tile layout that the kernels read.
+        linear_reference: Slow, obvious oracle: (M, K) activations and a packed weight to (M, N) float64.
+    """
+
+    name: str
+    weight_bits: int
+    symmetric: bool
+    group_size: int
+    act_bits: int
+    checkpoint_layout: str
+    kernel_layout: str
+    linear_reference: LinearReference
+
+    @property
+    def levels(self) -> int:
+        """Number of codes."""
+        return int(2**self.weight_bits)
+
+    @property
+    def largest_code(self) -> int:
+        """Largest code, also the number of steps in a group's range."""
+        return self.levels - 1
+
+    def bits_per_weight(self, group_size: int) -> float:
+        """Bits a kernel reads per weight: code, fp16 scale and 4-bit zero point (FORMATS, table of schemes)."""
+        return self.weight_bits + (16 + 4) / group_size
+
+
+def groups_of(k: int, group_size: int) -> int:
+    """Number of groups in a row of K columns.
+
+    Raises:
+        UsageError: E2004 if the group size is unknown or does not divide K.
+    """
+    if group_size not in GROUP_SIZES or k % group_size:
+        fits = [size for size in GROUP_SIZES if k % size == 0]
+        raise UsageError(
+            "E2004",
+            f"Group size {group_size} does not divide in_features {k}.",
+            why=f"groups must be one of {', '.join(map(str, GROUP_SIZES))} and divide in_features",
+            fix=tuple(f"--group-size {size}" for size in reversed(fits))
+            or "list this layer in --skip",
+        )
+    return k // group_size
+
+
+def check_packed(weight: PackedWeight) -> None:
+    """Check shapes and values of a packed weight as a reader does (FORMATS 13.1).
+
+    Raises:
+        FormatError: E4102 for a wrong shape or dtype, E4411 for a scale or zero point out of range.
+    """
+    columns = -(-weight.k * weight.bits // 32)
+    if weight.words.dtype != np.uint32 or weight.words.shape[1:] != (columns,):
+        raise FormatError(
+            "E4102",
+            f"Packed words are {weight.words.dtype} {weight.words.shape}.",
+            why=f"{weight.n} rows of {weight.k} codes of {weight.bits} bits are uint32 ({weight.n}, {columns})",
+            fix="quantize the model again",
+        )
+    expected = (weight.n, groups_of(weight.k, weight.group_size))
+    if weight.scales.dtype != np.float16 or weight.scales.shape != expected:
+        raise FormatError(
+            "E4102",
+            f"Scales are {weight.scales.dtype} {weight.scales.shape}.",
+            why=f"one fp16 scale per row and group is float16 {expected}",
+            fix="quantize the model again",
+        )
+    if not (np.isfinite(weight.scales) & (weight.scales > 0)).all():
+        raise FormatError(
+            "E4411",
+            f"{int((~(weight.scales > 0)).sum())} scales are not finite and positive.",
+            why="a scale is a positive fp16 number",
+            fix="quantize the model again",
+        )
+    if weight.zeros is not None and (
+        weight.zeros.shape != expected or int(weight.zeros.max(initial=0)) >= 2**weight.bits
+    ):
+        raise FormatError(
+            "E4411",
+            f"Zero points of shape {weight.zeros.shape} reach {int(weight.zeros.max(initial=0))}.",
+            why=f"zero points have shape {expected} and are below {2**weight.bits}",
+            fix="quantize the model again",
+        )
