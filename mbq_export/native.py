@@ -1,0 +1,215 @@
+"""Programs of others, run so that their death is an ordinary result.
+
+The only user of ``subprocess``. A child gets its own process group, no core dump, a log file for both
+streams and a time limit; when it ends, by itself or not, nothing of its group is left behind.
+"""
+
+import contextlib
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+logger = logging.getLogger(__name__)
+
+GRACE_S: Final = 10.0
+"""Between asking a group to end and ending it."""
+
+POLL_S: Final = 0.02
+TAIL_BYTES: Final = 64 << 10
+PROBE_TIMEOUT_S: Final = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChildResult:
+    """How a child ended.
+
+    Attributes:
+        status: Exit status; None if a signal ended it.
+        signal: Name of that signal, for example ``SIGSEGV``; None if it exited.
+        timed_out: Whether the time limit ended it.
+        seconds: Wall time.
+        peak_rss_bytes: Largest resident memory of the child.
+        log: Both of its streams.
+    """
+
+    status: int | None
+    signal: str | None
+    timed_out: bool
+    seconds: float
+    peak_rss_bytes: int
+    log: Path
+
+    @property
+    def ok(self) -> bool:
+        """Whether it exited with status 0."""
+        return self.status == 0
+
+    def tail(self, lines: int = 20) -> list[str]:
+        """Return the last lines of the log."""
+        return tail(self.log, lines)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalGpu:
+    """The first GPU of this machine, as the driver names it."""
+
+    name: str
+    sm: int
+    driver: str
+
+
+def run_child(
+    argv: Sequence[str],
+    *,
+    log: Path,
+    timeout_s: float,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    address_space_bytes: int | None = None,
+) -> ChildResult:
+    """Run a program to its end, whatever that end is.
+
+    Args:
+        argv: Program and arguments; no shell reads them.
+        log: File that receives both streams; replaced.
+        timeout_s: After it the group gets SIGTERM, and `GRACE_S` later SIGKILL.
+        env: Whole environment of the child; None for ours.
+        cwd: Its working folder; None for ours.
+        address_space_bytes: Limit on its address space, so that an allocation fails inside the child
+            before the machine runs out of memory. Not for children that use a GPU, which reserve far more
+            than they touch.
+
+    Returns:
+        How it ended. An exit status other than 0 is a result, not an error.
+
+    Raises:
+        FileNotFoundError: If the program does not exist.
+        KeyboardInterrupt: After the group has ended.
+    """
+    started = time.monotonic()
+    with log.open("wb") as streams:
+        process = subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=streams,
+            stderr=subprocess.STDOUT,
+            env=None if env is None else dict(env),
+            cwd=cwd,
+            start_new_session=True,
+        )
+    timed_out = False
+    try:
+        _limit(process.pid, address_space_bytes)
+        if not _ended(process.pid, timeout_s):
+            timed_out = True
+            logger.warning("%s has run for %.0f s and is ended", argv[0], timeout_s)
+            _end_group(process.pid)
+    except BaseException:
+        _end_group(process.pid)
+        raise
+    finally:
+        status, usage = _reap(process)
+    return ChildResult(
+        status=status if status >= 0 else None,
+        signal=signal.Signals(-status).name if status < 0 else None,
+        timed_out=timed_out,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=usage.ru_maxrss * 1024,
+        log=log,
+    )
+
+
+def tail(path: Path, lines: int = 20) -> list[str]:
+    """Return the last lines of a text file; none if there is no such file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    return text.splitlines()[-lines:]
+
+
+def available_memory() -> int:
+    """Bytes of memory a new process can use before the machine swaps or its cgroup kills it."""
+    facts = dict(
+        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
+    )
+    free = int(facts["MemAvailable"].split()[0]) * 1024
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(free, 0)
+
+
+def local_gpu() -> LocalGpu | None:
+    """Ask the driver's own tool for this machine's first GPU; None without a driver or a GPU."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="mbq-") as folder:
+        query = [tool, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+        result = run_child(query, log=Path(folder, "log"), timeout_s=PROBE_TIMEOUT_S)
+        lines = result.tail() if result.ok else []
+    fields = [field.strip() for field in lines[0].split(",")] if lines else []
+    capability = fields[1].replace(".", "") if len(fields) == 3 else ""
+    if not capability.isdigit():
+        return None
+    return LocalGpu(name=fields[0], sm=int(capability), driver=fields[2])
+
+
+def _limit(pid: int, address_space_bytes: int | None) -> None:
+    """Set the child's limits from outside: code run between fork and exec may deadlock under threads."""
+    with contextlib.suppress(ProcessLookupError):  # it ended already
+        resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+        if address_space_bytes is not None:
+            limits = (address_space_bytes, address_space_bytes)
+            resource.prlimit(pid, resource.RLIMIT_AS, limits)
+
+
+def _ended(pid: int, timeout_s: float) -> bool:
+    """Wait for a child without reaping it, so that its group keeps its number."""
+    deadline = time.monotonic() + timeout_s
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def _end_group(group: int) -> None:
+    """SIGTERM, a grace period, SIGKILL. A second interrupt shortens the grace period."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGTERM)
+    try:
+        _ended(group, GRACE_S)
+    finally:
+        _kill_group(group)
+
+
+def _kill_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _reap(process: subprocess.Popen[bytes]) -> tuple[int, resource.struct_rusage]:
+    """End whatever the child left in its group, then collect its exit code and its usage."""
+    _kill_group(process.pid)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage
