@@ -1,0 +1,68 @@
+# `make demo` and `make test` do all set-up on a machine with python3 >= 3.11 and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/tiny-llava-ov-w3
+FAST := not slow and not gpu and not network
+SLOW := slow and not gpu and not network
+
+.DEFAULT_GOAL := all
+.PHONY: all setup demo test test-slow test-gpu lint fmt headers dist clean
+
+all: lint test
+
+# Torch first and pinned: any other order pulls gigabytes of CUDA packages in.
+$(VENV)/torch.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "python3 >= 3.11 is needed; name one with: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 3; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,rtx]'
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,rtx,dev]'
+	touch $@
+
+setup: $(VENV)/dev.stamp
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/mbq-export build --model tiny-llava-ov --wbits 3 --target rtx4090:rtx -o $(DEMO) --force
+	$(BIN)/mbq-export bench $(DEMO) -o build/bench --force -n 32 -r 3
+	$(BIN)/mbq-export report $(DEMO) build/bench --html build/report.html
+	@echo "bundle  $(abspath $(DEMO))"
+	@echo "report  $(abspath build/report.html)"
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(FAST)"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "$(SLOW)"
+
+# On a machine with a GPU a skipped test is a failure.
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/codespell
+
+fmt: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Regenerate what is derived from the code; a test fails when it is stale.
+headers: setup
+	$(BIN)/python docs/reference/generate.py
+
+dist: setup
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist
