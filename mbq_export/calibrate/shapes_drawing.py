@@ -234,7 +234,9 @@ def _shape_mask(shape: str, size: float, turn: float) -> Mask:
         pen.rectangle(box(radius * 0.38, radius), fill=255)
         pen.rectangle(box(radius, radius * 0.38), fill=255)
     else:
-        pen.polygon([(middle + x * radius, middle + y * radius) for x, y in _corners(shape)], fill=255)
+        pen.polygon(
+            [(middle + x * radius, middle + y * radius) for x, y in _corners(shape)], fill=255
+        )
     turned = canvas.rotate(turn, resample=Image.Resampling.BILINEAR)
     return _coverage(turned.resize((CELL, CELL), Image.Resampling.LANCZOS))
 

@@ -1,0 +1,1 @@
+"""6  Bundle -> Report: does it compute what it should, how good is it, how fast."""
