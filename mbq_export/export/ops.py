@@ -1,0 +1,171 @@
+"""The contract of the ``mbq`` domain and of the graphs that carry it: names, attributes, schemas.
+
+    y = W3Linear(x, qweight, scales, zeros)      y = x . ((q - z) * s)^T
+    x        T       [.., K]
+    qweight  INT32   [N, ceil(K * bits / 32)]    layout dense: negative words are legal
+    scales   FLOAT16 [N, K / group_size]
+    zeros    INT32   [N, K / group_size]
+    y        T       [.., N]                     T: FLOAT, FLOAT16 or BFLOAT16
+
+Packed words are INT32 because TensorRT widens UINT8 fourfold and refuses UINT32. Zero points are INT32 because
+TensorRT for RTX refuses INT8 constants that feed neither a DequantizeLinear nor a plugin.
+
+Names of values that tools may rely on (`evaluate` taps them), for decoder block i:
+
+    layers.i.<role>.in       what a linear reads (`linear_input`)
+    layers.i.<role>.out      what a linear of the original model returns, bias included (`linear_output`)
+    layers.i.hidden          residual stream behind block i (`hidden_value`)
+    norm.out                 what the head reads
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import onnx
+from onnx.defs import OpSchema
+
+DOMAIN: Final = "mbq"
+DOMAIN_VERSION: Final = 1
+PLUGIN_NAMESPACE: Final = "mbq"
+PLUGIN_VERSION: Final = "1"
+
+INPUTS_EMBEDS: Final = "inputs_embeds"
+ATTENTION_MASK: Final = "attention_mask"
+POSITION_IDS: Final = "position_ids"
+WRITE_INDICES: Final = "write_indices"
+LOGITS: Final = "logits"
+INPUT_IDS: Final = "input_ids"
+PIXEL_VALUES: Final = "pixel_values"
+IMAGE_FEATURES: Final = "image_features"
+IMAGE_NEWLINE: Final = "image_newline"
+"""Name of the end-of-row feature in ``host_tensors.safetensors``."""
+
+BATCH: Final = "batch_size"
+SEQUENCE: Final = "sequence_length"
+PAST: Final = "past_sequence_length"
+TOTAL: Final = "total_sequence_length"
+TILES: Final = "num_tiles"
+
+SOURCE: Final = "mbq.source"
+"""Node metadata: module paths in the original model, comma separated, in the order of the output columns."""
+
+LARGEST_OPSET: Final = 26
+"""ONNX Runtime 1.31 refuses models of opset 27 and later."""
+
+_INT_ATTRIBUTES: Final = ("N", "K", "group_size", "bits", "signed_codes", "layout_version")
+_STRING_ATTRIBUTES: Final = ("layout", "plugin_namespace", "plugin_version")
+ATTRIBUTES: Final = (*_INT_ATTRIBUTES, *_STRING_ATTRIBUTES)
+"""All required, on every node of the domain."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearOp:
+    """One operator of the domain.
+
+    Attributes:
+        name: Op type, also the name of its function body and of the plugin.
+        bits: Width of a code.
+        act_bits: Width of an activation; 16 leaves it in T.
+    """
+
+    name: str
+    bits: int
+    act_bits: int = 16
+
+
+OPS: Final = {
+    "w3a16": LinearOp(name="W3Linear", bits=3),
+    "w4a16": LinearOp(name="W4A16Linear", bits=4),
+}
+"""Operator of every scheme that has one."""
+
+
+def op_named(name: str) -> LinearOp | None:
+    """The operator of an op type, or None if the domain has no such op."""
+    return next((op for op in OPS.values() if op.name == name), None)
+
+
+def past_key_value(layer: int, part: str) -> str:
+    """Name of a cache input; ``part`` is ``key`` or ``value``."""
+    return f"past_key_values.{layer}.{part}"
+
+
+def present_key_value(layer: int, part: str) -> str:
+    """Name of a cache output; ``part`` is ``key`` or ``value``."""
+    return f"present.{layer}.{part}"
+
+
+def node_name(layer: int, role: str) -> str:
+    """Name of a node of decoder block ``layer``, for example ``layers.3.q_proj``."""
+    return f"layers.{layer}.{role}"
+
+
+def linear_input(layer: int, role: str) -> str:
+    """Name of what a linear reads. Linears with one input share the name of the first of them."""
+    first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(role, role)
+    return f"layers.{layer}.{first}.in"
+
+
+def linear_output(layer: int, role: str) -> str:
+    """Name of what a linear of the original model returns, bias included, whether it was fused or not."""
+    return f"layers.{layer}.{role}.out"
+
+
+def hidden_value(layer: int) -> str:
+    """Name of the residual stream behind decoder block ``layer``."""
+    return f"layers.{layer}.hidden"
+
+
+def register() -> None:
+    """Make ``onnx`` know the domain, so that its checker and shape inference work. Safe to call twice."""
+    for op in OPS.values():
+        if not onnx.defs.has(op.name, DOMAIN_VERSION, DOMAIN):
+            onnx.defs.register_schema(_schema(op))
+
+
+def _schema(op: LinearOp) -> OpSchema:
+    parameter = OpSchema.FormalParameter
+    optional = OpSchema.FormalParameterOption.Optional
+    attributes = [
+        OpSchema.Attribute(name, kind, required=True)
+        for names, kind in (
+            (_INT_ATTRIBUTES, OpSchema.AttrType.INT),
+            (_STRING_ATTRIBUTES, OpSchema.AttrType.STRING),
+        )
+        for name in names
+    ]
+    schema = OpSchema(
+        op.name,
+        DOMAIN,
+        DOMAIN_VERSION,
+        inputs=[
+            parameter("x", "T", "activations [.., K]"),
+            parameter("qweight", "tensor(int32)", "dense words [N, ceil(K * bits / 32)]"),
+            parameter("scales", "tensor(float16)", "[N, K / group_size]"),
+            parameter("zeros", "tensor(int32)", "[N, K / group_size]"),
+            parameter("bias", "T", "[N]", param_option=optional),
+        ],
+        outputs=[parameter("y", "T", "[.., N]")],
+        type_constraints=[
+            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "activation types")
+        ],
+        attributes=attributes,
+    )
+    schema.set_type_and_shape_inference_function(_infer)
+    return schema
+
+
+def _infer(context: onnx.shape_inference.InferenceContext) -> None:
+    """Copy x's type; its last axis becomes N."""
+    output = onnx.TypeProto()
+    x = context.get_input_type(0)
+    if x is None:
+        return
+    output.CopyFrom(x)
+    if output.tensor_type.HasField("shape") and output.tensor_type.shape.dim:
+        rows = context.get_attribute("N")
+        last = output.tensor_type.shape.dim[-1]
+        last.Clear()
+        if rows is not None:
+            last.dim_value = rows.i
+    context.set_output_type(0, output)
