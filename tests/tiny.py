@@ -1,0 +1,94 @@
+"""A tiny random LLaVA-OneVision folder, as transformers saves one: real classes, 0.4 M parameters, no training.
+
+Tokenizer, chat template and image settings are those of the sample model, so prompts and pictures work.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+SAMPLE_WEIGHTS = Path(__file__).parents[1] / "samples" / "tiny_vlm" / "weights"
+PROCESSOR_FILES = (
+    "chat_template.jinja",
+    "generation_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiny:
+    """Sizes and traits of the model to make; the defaults fit group sizes 32, 64 and 128.
+
+    Attributes:
+        layers: Decoder blocks.
+        hidden: Width of the residual stream, a multiple of ``32 * heads`` for 32-wide heads.
+        intermediate: Width inside the MLP.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        tied: Whether head and embedding are one tensor.
+        dtype: Dtype of the weights in the file.
+        seed: Seed of the weights.
+    """
+
+    layers: int = 2
+    hidden: int = 128
+    intermediate: int = 256
+    heads: int = 4
+    kv_heads: int = 2
+    tied: bool = True
+    dtype: str = "float16"
+    seed: int = 0
+
+
+def write_tiny(folder: Path, tiny: Tiny | None = None) -> Path:
+    """Write the model and its processor files into ``folder`` and return it."""
+    tiny = tiny or Tiny()
+    with torch.random.fork_rng():
+        torch.manual_seed(tiny.seed)
+        model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**_config(tiny)))
+        _stir(model)
+    model.to(getattr(torch, tiny.dtype)).save_pretrained(folder)
+    for name in PROCESSOR_FILES:
+        shutil.copyfile(SAMPLE_WEIGHTS / name, folder / name)
+    return folder
+
+
+def _config(tiny: Tiny) -> dict[str, Any]:
+    """The sample's config at other sizes: token ids and picture settings must stay its own."""
+    config: dict[str, Any] = json.loads((SAMPLE_WEIGHTS / "config.json").read_text())
+    for key in ("architectures", "model_type", "transformers_version", "dtype"):
+        config.pop(key)
+    config["tie_word_embeddings"] = tiny.tied
+    config["text_config"] |= {
+        "hidden_size": tiny.hidden,
+        "intermediate_size": tiny.intermediate,
+        "layer_types": ["full_attention"] * tiny.layers,
+        "num_attention_heads": tiny.heads,
+        "num_hidden_layers": tiny.layers,
+        "num_key_value_heads": tiny.kv_heads,
+        "tie_word_embeddings": tiny.tied,
+    }
+    config["vision_config"] |= {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+    }
+    return config
+
+
+def _stir(model: torch.nn.Module) -> None:
+    """Give biases and norms values that matter: fresh ones are 0 and 1, which hides mistakes."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
