@@ -1,0 +1,1 @@
+"""What stages 1 and 2 share: decoder blocks one at a time, token classes, masked losses, exact folding."""
