@@ -5,7 +5,6 @@ bridge   two-layer projector; base view 36 tokens + 6 rows of 6 patches and a ne
 decoder  Qwen2, hidden 256, 5 layers, MLP 768, 8 heads x 32, 2 key/value heads, tied embeddings
 """
 
-import json
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +21,7 @@ from transformers import (
 
 from mbq_export.calibrate.shapes_drawing import SIZE
 from mbq_export.calibrate.shapes_questions import WORDS
+from mbq_export.writing import json_bytes, partial_path, publish
 
 PATCH: Final = 8
 PATCHES: Final = (SIZE // PATCH) ** 2
@@ -156,7 +156,7 @@ def write_folder(model: LlavaOnevisionForConditionalGeneration, folder: Path) ->
 
     Leaves `model` in float16.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    partial = partial_path(folder)
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=40,
@@ -167,6 +167,5 @@ def write_folder(model: LlavaOnevisionForConditionalGeneration, folder: Path) ->
     tokenizer = build_tokenizer()
     tokenizer.init_kwargs["processor_class"] = "LlavaOnevisionProcessor"
     tokenizer.save_pretrained(partial)
-    text = json.dumps(processor_settings(), indent=2, sort_keys=True)
-    (partial / "processor_config.json").write_text(text + "\n", encoding="utf-8")
-    partial.rename(folder)
+    (partial / "processor_config.json").write_bytes(json_bytes(processor_settings()))
+    publish(partial, folder)

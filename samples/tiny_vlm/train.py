@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from mbq_export.calibrate.shapes import EVALUATION_SCENES, MONITOR_SCENES, Scene, make_scenes
 from mbq_export.evaluate.packed import accuracy, answer_scenes, encoder, vision_states
+from mbq_export.writing import json_bytes, partial_path, write_file
 from samples.tiny_vlm.model import build_model, build_tokenizer, write_folder
 from samples.tiny_vlm.stages import (
     NO_KIND,
@@ -122,7 +122,6 @@ class Run:
         """Write the folder, evaluate what it holds, write the record."""
         started = time.monotonic()
         target = self.folder / "model"
-        shutil.rmtree(target, ignore_errors=True)
         write_folder(self.model, target)
         model = build_model(0).eval()
         weights = load_file(target / "model.safetensors")
@@ -137,7 +136,7 @@ class Run:
             "wall_s": round(time.monotonic() - started, 1),
             **result,
         }
-        write_json(self.folder / "training.json", self.record)
+        write_file(self.folder / "training.json", json_bytes(self.record))
         logger.info("finished: %s", self.record["evaluation"])
 
 
@@ -166,9 +165,9 @@ def save_checkpoint(run: Run, stage: Stage, done: int) -> None:
     place = json.dumps({"stage": stage.name, "done": done, "record": run.record})
     folder = run.folder / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "state.safetensors.partial"
-    save_file(tensors, partial, metadata={"place": place})
-    partial.rename(folder / "state.safetensors")
+    final = folder / "state.safetensors"
+    save_file(tensors, partial_path(final), metadata={"place": place})
+    partial_path(final).rename(final)
 
 
 def load_checkpoint(run: Run) -> tuple[str, int, dict[str, Tensor]]:
@@ -205,13 +204,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a partial name, then rename."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.rename(path)
 
 
 def options() -> argparse.Namespace:
