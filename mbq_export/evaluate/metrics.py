@@ -204,26 +204,6 @@ def wilson(hits: int, total: int, *, z: float = Z_95) -> tuple[float, float]:
     return max(0.0, float(center - half)), min(1.0, float(center + half))
 
 
-def longest_loop(ids: list[int], *, longest: int = 8) -> tuple[int, int]:
-    """Find the n-gram that repeats most often in a row, the sign of collapsed output.
-
-    Args:
-        ids: Generated tokens.
-        longest: Largest n looked at.
-
-    Returns:
-        (n, repeats) with the most repeats, the smallest n on a tie; (0, 0) of nothing.
-    """
-    best = (0, 0)
-    for n in range(1, min(longest, len(ids)) + 1):
-        run = 0
-        for start in range(len(ids) - n):
-            run = run + 1 if ids[start] == ids[start + n] else 0
-            best = max(best, (n, run // n + 1), key=lambda found: found[1])
-        best = max(best, (n, 1), key=lambda found: found[1])
-    return best
-
-
 def _quotient(numerator: Rows, denominator: Rows, *, nothing: float) -> Rows:
     """Divide; 0/0 gives ``nothing`` and x/0 infinity."""
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -9,7 +9,6 @@ from mbq_export.evaluate.metrics import (
     cosines,
     divergences,
     log_probabilities,
-    longest_loop,
     margins,
     norm_ratios,
     relative_errors,
@@ -138,17 +137,3 @@ def test_wilson_interval_stays_inside_and_is_not_empty_at_the_ends() -> None:
     assert wilson(0, 10)[1] == pytest.approx(0.2775, abs=1e-4)
     assert wilson(10, 10)[1] == pytest.approx(1.0)
     assert wilson(0, 0) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("ids", "expected"),
-    [
-        ([], (0, 0)),
-        ([1, 2, 3], (1, 1)),
-        ([1, 7, 7, 7, 2], (1, 3)),
-        ([9, 1, 2, 1, 2, 1, 2, 5], (2, 3)),
-        ([1, 2, 3, 4, 5, 6, 7, 8] * 4, (8, 4)),
-    ],
-)
-def test_longest_loop_counts_repeats(ids: list[int], expected: tuple[int, int]) -> None:
-    assert longest_loop(ids) == expected
