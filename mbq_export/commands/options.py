@@ -103,3 +103,14 @@ BundlePath = Annotated[Path, typer.Argument(help="A bundle made by build.", meta
 Backend = Annotated[str, typer.Option("--backend", help="ort, or torch for the reference.")]
 Lowering = Annotated[str, typer.Option("--lowering", help="qdq or reference.")]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 takes all.", min=0)]
+
+
+def switches(compat: str) -> dict[str, str]:
+    """Switches of a method that the user replaced.
+
+    Raises:
+        BadParameter: If compat is not ``none`` or ``mbq``.
+    """
+    if compat not in {"none", "mbq"}:
+        raise typer.BadParameter(f"{compat!r} is not one of none, mbq", param_hint="--compat")
+    return {} if compat == "none" else {"compat": compat}

@@ -1,0 +1,124 @@
+"""Make a bundle: calibrate, quantize, export, build engines, check, seal."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mbq_export.commands import options
+from mbq_export.commands.console import Console
+
+
+def command(
+    context: typer.Context,
+    model: options.Model,
+    out: options.Out,
+    wbits: options.WeightBits = 3,
+    scheme: options.Scheme = None,
+    group_size: options.GroupSize = 128,
+    method: options.Method = "mbq",
+    compat: options.Compat = "none",
+    data: options.Data = None,
+    samples: options.Samples = 128,
+    text_only_ok: options.TextOnly = False,
+    skip_bad: options.SkipBad = 0,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            help="Device and flavour, for example rtx4090:rtx; repeatable. Default: this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option("--max-context", help="Longest sequence of the graphs.", min=1, show_default=False),
+    ] = None,
+    require_engine: Annotated[
+        bool, typer.Option("--require-engine", help="Fail if an engine cannot be built here.")
+    ] = False,
+    engine_timeout: Annotated[
+        float, typer.Option("--engine-timeout", help="Seconds until a hung engine build is ended.")
+    ] = 3600.0,
+    gate: Annotated[
+        str, typer.Option("--gate", help="on: a failed check ends the build; warn or off need a reason.")
+    ] = "on",
+    gate_reason: Annotated[
+        str, typer.Option("--gate-reason", help="Lands in the manifest.", show_default=False)
+    ] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and every first problem, then stop.")
+    ] = False,
+    force: options.Force = False,
+    fresh: options.Fresh = False,
+) -> None:
+    """Make a bundle: calibrate, quantize, export, build engines, check, seal.
+
+    mbq-export build --model tiny-llava-ov --wbits 3 -o out
+    """
+    from mbq_export.pipeline.plan import BuildRequest, make_plan
+    from mbq_export.pipeline.stages import build
+
+    console: Console = context.obj
+    console.resume = shlex.join(["mbq-export", *sys.argv[1:]])
+    request = BuildRequest(
+        model=model,
+        out=out,
+        weight_bits=wbits,
+        scheme=scheme,
+        group_size=group_size,
+        method=method,
+        replaced=options.switches(compat),
+        data=data,
+        samples=samples,
+        targets=tuple(target or ["auto"]),
+        max_context=max_context,
+        seed=console.seed,
+        text_only_ok=text_only_ok,
+        skip_bad=skip_bad,
+        online=not console.offline,
+        force=force,
+        fresh=fresh,
+        gate=gate,
+        gate_reason=gate_reason,
+        require_engine=require_engine,
+        engine_timeout_s=engine_timeout,
+        command=console.resume,
+    )
+    if dry_run:
+        plan = make_plan(request)
+        console.table(("module group", "count", "bits", "reason"), plan.table())
+        console.finish({"plan": dict(plan.fingerprint)}, what=f"plan for {out}, nothing written")
+        return
+    result = build(request, console)
+    _warn_skipped(console, result.skipped_engines)
+    console.finish(_summary(result, out), what=f"{out}  sha256 {result.sha256[:16]}")
+
+
+def _warn_skipped(console: Console, skipped: dict[str, str]) -> None:
+    for target, reason in skipped.items():
+        console.warn("W3016", f"no engine for {target}: {reason}")
+
+
+def _summary(result: Any, out: Path) -> dict[str, Any]:
+    return {
+        "bundle": str(out),
+        "sha256": result.sha256,
+        "seconds": result.seconds,
+        "gates": [] if result.gates is None else [check.as_json() for check in result.gates.checks],
+        "engines": {
+            target: {
+                "library": record.library,
+                "verified": record.verified,
+                "why": record.reason,
+                "files": {
+                    name: {"bytes": file.size, "sha256": file.sha256, "layers": file.layers, "seconds": file.seconds}
+                    for name, file in record.engines.items()
+                },
+            }
+            for target, record in result.engines.items()
+        },
+        "skipped_engines": result.skipped_engines,
+    }

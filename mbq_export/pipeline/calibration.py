@@ -1,0 +1,58 @@
+"""From a plan to channel scales: read the data, encode it with the model's processor, search."""
+
+from collections.abc import Callable
+
+from mbq_export.calibrate import Recipe, calibrate
+from mbq_export.calibrate.data import encode, read_manifest, token_shares
+from mbq_export.checkpoint import ChannelScales
+from mbq_export.families.base import LoadedModel
+from mbq_export.pipeline.plan import Plan
+from mbq_export.progress import Progress
+from mbq_export.state import State
+
+
+def channel_scales(
+    plan: Plan,
+    model: LoadedModel,
+    note: Callable[[str], None],
+    *,
+    state: State | None,
+    progress: Progress,
+) -> ChannelScales:
+    """Calibrate a model as planned.
+
+    Args:
+        plan: Data, scheme, switches, seed.
+        model: Decoder blocks may be on the meta device.
+        note: Hears the token shares.
+        state: Keeps finished blocks, or None.
+        progress: Called after each block of each pass.
+
+    Returns:
+        Scales of every unit; none for the unquantized baseline, which needs no data.
+    """
+    if plan.scheme is None:
+        return ChannelScales(scales={}, sensitivity={}, calib={"switches": plan.switches.resolved()})
+    request = plan.request
+    data = read_manifest(
+        plan.data,
+        samples=request.samples,
+        seed=request.seed,
+        text_only_ok=request.text_only_ok,
+        skip_bad=request.skip_bad,
+    )
+    inputs = encode(data.samples, model.processor)
+    note(f"      data        {len(inputs)} samples · {token_shares(inputs)}")
+    facts = {
+        "model": {"id": plan.source.name},
+        "data": {"sha256": data.sha256, "samples": len(inputs)},
+    }
+    recipe = Recipe(
+        scheme=plan.scheme,
+        group_size=request.group_size,
+        switches=plan.switches,
+        seed=request.seed,
+        facts=facts,
+        text_only_ok=request.text_only_ok,
+    )
+    return calibrate(model, inputs, recipe, state=state, progress=progress)

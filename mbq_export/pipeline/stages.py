@@ -1,0 +1,286 @@
+"""The seven stages of a build, each resumable, meeting in artifacts on disk.
+
+    1 plan · 2 calibrate · 3 quantize · 4 export · 5 engine · 6 validate · 7 seal
+
+Work happens in ``<out>.partial``; the bundle grows in its ``bundle`` folder and is published by one rename
+after the last gate. A build that was killed goes on at the next block and ends with the same bytes.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from mbq_export import __version__
+from mbq_export.backends.base import EngineRecord
+from mbq_export.bundle import ENGINES, LOGS, ONNX, REPORTS, WEIGHTS, Bundle, seal
+from mbq_export.checkpoint import ChannelScales, QuantCheckpoint
+from mbq_export.errors import GateError, located
+from mbq_export.evaluate.validate import validate
+from mbq_export.export import ExportRecord, GraphForm, export
+from mbq_export.families.base import LoadedModel
+from mbq_export.pipeline.calibration import channel_scales
+from mbq_export.pipeline.engines import build_engines
+from mbq_export.pipeline.plan import BuildRequest, Plan, machine_class, make_plan, package_versions
+from mbq_export.progress import Progress
+from mbq_export.quantize import quantize
+from mbq_export.report import Report
+from mbq_export.state import State, fingerprint_of
+from mbq_export.writing import explained, json_bytes, partial_path, publish, write_file
+
+CALIBRATION: Final = "calibration"
+STAGED: Final = "bundle"
+STAGES: Final = 7
+
+
+class Listener(Protocol):
+    """Who hears about a build: the console, or a test."""
+
+    def progress(self, title: str) -> AbstractContextManager[Progress]:
+        """Begin a stage with countable items."""
+
+    def note(self, text: str) -> None:
+        """Hear one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildResult:
+    """What a build made.
+
+    Attributes:
+        bundle: The published folder.
+        sha256: Its identity.
+        gates: Result of validation, None if it was switched off.
+        facts: The manifest's facts without the file list.
+        engines: One record per target that was built.
+        skipped_engines: Reason by target that was not.
+        seconds: Wall time by stage; a stage that was resumed is missing.
+    """
+
+    bundle: Path
+    sha256: str
+    gates: Report | None
+    facts: dict[str, Any]
+    engines: dict[str, EngineRecord]
+    skipped_engines: dict[str, str]
+    seconds: dict[str, float]
+
+
+@dataclass
+class _Work:
+    """One build under way."""
+
+    plan: Plan
+    state: State
+    listener: Listener
+    log: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+    engines: dict[str, EngineRecord] = field(default_factory=dict)
+
+    def folder(self, name: str) -> Path:
+        """Output of a stage, inside the staged bundle."""
+        return self.state.stage(f"{STAGED}/{name}")
+
+    def run(self, number: int, name: str, act: Callable[[Progress], None]) -> None:
+        """Run a stage unless it is finished."""
+        key = f"{STAGED}/{name}"
+        if self.state.done(key):
+            self.listener.note(f"[{number}/{STAGES}] {name:<11} finished before, kept")
+            return
+        started = time.monotonic()
+        with located(name), self.listener.progress(f"[{number}/{STAGES}] {name}") as progress:
+            act(progress)
+        self.state.finish(key)
+        self.seconds[name] = round(time.monotonic() - started, 2)
+        self.listener.note(f"[{number}/{STAGES}] {name:<11} {self.seconds[name]:.1f} s")
+        self.event(name, seconds=self.seconds[name])
+
+    def event(self, stage: str, **values: object) -> None:
+        """Append a line to the build's log."""
+        with explained(self.log), self.log.open("a") as file:
+            file.write(json.dumps({"stage": stage, **values}, sort_keys=True) + "\n")
+
+
+def build(request: BuildRequest, listener: Listener) -> BuildResult:
+    """Make a bundle.
+
+    Raises:
+        MbqError: Of every kind, with the stage in its ``where``; GateError E1101 if the bundle does not compute
+            what its checkpoint says. Nothing is published then, finished work is kept.
+    """
+    with located("plan"):
+        plan = make_plan(request)
+    listener.note(f"[1/{STAGES}] plan        {request.model} ({plan.source.rule}), {plan.scheme_name}")
+    partial = partial_path(request.out)
+    with State.open(partial, plan.fingerprint, fresh=request.fresh) as state:
+        work = _begin(plan, state, listener)
+        model = _Lazy(lambda: plan.family.load(plan.source.folder))
+        work.run(2, CALIBRATION, lambda progress: _calibrate(work, model(), progress))
+        work.run(3, WEIGHTS, lambda progress: _quantize(work, model(), progress))
+        model.forget()
+        checkpoint = QuantCheckpoint.open(work.folder(WEIGHTS), verify=False)
+        work.run(4, ONNX, lambda progress: _export(work, checkpoint, progress))
+        work.run(5, ENGINES, lambda progress: _engines(work, progress))
+        facts = _facts(plan, checkpoint)
+        staged = state.stage(STAGED)
+        gates = _validate(work, staged, facts)
+        sha256 = seal(staged, {**facts, "gates": _gate_rows(gates), "gate_override": _override(plan)}, _provenance(work))
+        publish(staged, request.out)
+        state.discard()
+    listener.note(f"[7/{STAGES}] seal        sha256 {sha256[:16]}")
+    return BuildResult(
+        bundle=request.out,
+        sha256=sha256,
+        gates=gates,
+        facts=facts,
+        engines=work.engines,
+        skipped_engines=dict(plan.skipped_engines),
+        seconds=work.seconds,
+    )
+
+
+@dataclass
+class _Lazy:
+    """The full-precision model, loaded when the first stage needs it."""
+
+    load: Callable[[], LoadedModel]
+    loaded: LoadedModel | None = None
+
+    def __call__(self) -> LoadedModel:
+        if self.loaded is None:
+            self.loaded = self.load()
+        return self.loaded
+
+    def forget(self) -> None:
+        """Free its memory."""
+        self.loaded = None
+
+
+def _begin(plan: Plan, state: State, listener: Listener) -> _Work:
+    logs = state.stage(f"{STAGED}/{LOGS}")
+    with explained(logs):
+        logs.mkdir(parents=True, exist_ok=True)
+    work = _Work(plan=plan, state=state, listener=listener, log=logs / "build.jsonl")
+    work.event("plan", fingerprint=fingerprint_of(plan.fingerprint))
+    return work
+
+
+def _calibrate(work: _Work, model: LoadedModel, progress: Progress) -> None:
+    scales = channel_scales(work.plan, model, work.listener.note, state=work.state, progress=progress)
+    scales.write(work.folder(CALIBRATION))
+
+
+def _quantize(work: _Work, model: LoadedModel, progress: Progress) -> None:
+    plan = work.plan
+    quantize(
+        model,
+        ChannelScales.read(work.folder(CALIBRATION)),
+        scheme=plan.scheme,
+        group_size=plan.request.group_size,
+        out=work.folder(WEIGHTS),
+        state=work.state,
+        progress=progress,
+    )
+
+
+def graph_forms(plan: Plan) -> tuple[GraphForm, ...]:
+    """Decoder graphs that the targets and the gates need."""
+    forms = [GraphForm(lowering="qdq", target="ort", max_context=plan.max_context)]
+    if plan.with_reference and plan.scheme is not None:
+        forms.append(GraphForm(lowering="reference", target="ort", max_context=plan.max_context))
+    if plan.targets:
+        forms.append(
+            GraphForm(
+                lowering="qdq",
+                target="trt",
+                dtype="fp16",
+                kv="static",
+                logits="last",
+                max_context=plan.max_context,
+            )
+        )
+    return tuple(forms)
+
+
+def _export(work: _Work, checkpoint: QuantCheckpoint, progress: Progress) -> None:
+    out = work.folder(ONNX)
+    if out.exists():
+        shutil.rmtree(out)
+    export(checkpoint, out, family=work.plan.family, forms=graph_forms(work.plan), progress=progress)
+
+
+def _engines(work: _Work, progress: Progress) -> None:
+    out = work.folder(ENGINES)
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+    onnx = work.folder(ONNX)
+    work.engines = build_engines(work.plan, ExportRecord.read(onnx), onnx=onnx, out=out, progress=progress)
+
+
+def _validate(work: _Work, staged: Path, facts: dict[str, Any]) -> Report | None:
+    """Compare the staged bundle with its checkpoint; a manifest without gates makes it readable."""
+    gate = work.plan.request.gate
+    if gate == "off":
+        return None
+    started = time.monotonic()
+    seal(staged, facts, {})
+    with located("validate"), work.listener.progress(f"[6/{STAGES}] validate") as progress:
+        report = validate(Bundle.open(staged), progress=progress)
+    work.seconds["validate"] = round(time.monotonic() - started, 2)
+    work.listener.note(f"[6/{STAGES}] validate    {work.seconds['validate']:.1f} s")
+    with explained(staged):
+        (staged / REPORTS).mkdir(exist_ok=True)
+    write_file(staged / REPORTS / "validate.json", json_bytes(report.as_json()))
+    failed = [check for check in report.checks if not check.ok]
+    if failed and gate == "on":
+        raise GateError(
+            "E1101",
+            f"{len(failed)} of {len(report.checks)} checks failed, the first is {failed[0].name}.",
+            why=failed[0].why,
+            fix=("mbq-export validate BUNDLE --bisect", '--gate warn --gate-reason "..." to publish it all the same'),
+            context={"failed": [check.name for check in failed]},
+        )
+    return report
+
+
+def _gate_rows(report: Report | None) -> list[dict[str, Any]]:
+    return [] if report is None else [check.as_json() for check in report.checks]
+
+
+def _override(plan: Plan) -> dict[str, str] | None:
+    request = plan.request
+    return None if request.gate == "on" else {"gate": request.gate, "reason": request.gate_reason}
+
+
+def _facts(plan: Plan, checkpoint: QuantCheckpoint) -> dict[str, Any]:
+    fingerprint = plan.fingerprint
+    calib = checkpoint.folder.parent / CALIBRATION / "calib.json"
+    return {
+        "tool": {"name": "mbq-export", "version": __version__, "packages": package_versions()},
+        "plan_hash": fingerprint_of(fingerprint),
+        "seed": plan.request.seed,
+        "source": {
+            "model": plan.source.name,
+            "family": plan.family.name,
+            "model_type": plan.family.model_type,
+            **dict(fingerprint["model"]),  # type: ignore[call-overload]
+        },
+        "calibration": json.loads(calib.read_text()).get("data"),
+        "quant": checkpoint.info,
+        "limits": {"max_context": plan.max_context, "max_batch": 1},
+        "targets": [str(target) for target in plan.targets],
+        "skipped_engines": dict(plan.skipped_engines),
+    }
+
+
+def _provenance(work: _Work) -> dict[str, Any]:
+    return {
+        "machine": machine_class(),
+        "command": work.plan.request.command,
+        "finished_unix": int(time.time()),
+        "seconds": work.seconds,
+    }
