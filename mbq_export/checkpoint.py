@@ -1,120 +1,87 @@
-"""What calibration hands to quantization, and what quantization hands to export: two folders on disk.
+"""What quantization hands to export: codes, scales and zero points of all linears, and the rest of the model.
 
-    <scales>/      calib.json  sensitivity.json  scales.safetensors
-    <checkpoint>/  mbq.json  model-00001-of-0000n.safetensors  model.safetensors.index.json  config.json
-                   tokenizer and processor files
+::
 
-Both are deterministic: sorted keys, no times, no hosts, no absolute paths. Reading needs numpy alone.
+    <checkpoint>/mbq.json                         what it is, one record per linear, hashes of all files
+                 model-00001-of-0000n.safetensors ...   model.safetensors.index.json
+                 config.json                      the model's, with ``quantization_config``
+                 tokenizer and processor files    as in the model's folder
+
+Per quantized linear: ``qweight`` I32 (N, ceil(K * bits / 32)), ``scales`` F16 (N, G), ``zeros`` U8 (N, G),
+``bias``. Channel scales are already folded into the weights and norms around. Every other tensor has the
+dtype it has in the model's own files if that holds the value exactly, otherwise float32: folding never
+rounds, so full-precision model, torch oracle and graphs differ by the codes alone
+(docs/decisions/0006-folded-tensors-keep-float32.md).
+
+Deterministic: sorted keys, no times, no hosts, no absolute paths. Reading needs numpy alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import numpy as np
+
+from mbq_export.errors import FormatError, IncompatibleError, located
+from mbq_export.reading import contained, read_json, sha256_of
+from mbq_export.schemes import SCHEMES
+from mbq_export.schemes.base import GROUP_SIZES, PackedWeight, QuantScheme, check_packed
+from mbq_export.schemes.layouts.dense import LAYOUT, words_per_row
+from mbq_export.tensor_file import BFLOAT16, TensorFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
-    from mbq_export.schemes.base import PackedWeight
-
 CHECKPOINT_FILE: Final = "mbq.json"
+CONFIG_FILE: Final = "config.json"
+INDEX_FILE: Final = "model.safetensors.index.json"
+SCHEMA: Final = "mbq-export/checkpoint"
+SCHEMA_MAJOR: Final = 1
 KEPT: Final = "none"
 """Name that stands for "no linear is quantized": the full-precision baseline."""
 
+JSON_LIMIT_BYTES: Final = 64 << 20
+FLOATS: Final = ("F16", "BF16", "F32")
+_PARTS: Final = (".qweight", ".scales", ".zeros", ".bias")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Switches:
-    """The independent choices that a method is a preset of (METHODS 0), resolved.
+class LinearRecord:
+    """What `CHECKPOINT_FILE` says about one quantized linear, checked.
 
     Attributes:
-        method: Name of the preset, for readers; the other fields decide what is done.
-        loss: "mae" or "mse".
-        grid: "21" (alpha = k/20, k = 0..20) or "20" (without alpha = 1, as published).
-        stat: Channel statistic: "balanced", "mixed", "answer" or "vision".
-        rounding: "nearest".
-        clip: "none".
-        gqa_o_scale: Scale the attention output under grouped-query attention too.
-        r_floor: "median", "none" or a number.
-        prefix: Inputs of the search: "fp".
-        compat: "none" or "mbq", the arithmetic of the published code.
-        tokens: Tokens per class that score a candidate: a number or "all".
-        modality_weight: Replaces every measured r; None keeps the measured ones.
-        search_prompt_weight: "0" or "measured".
+        name: Module path.
+        n: Output features.
+        k: Input features.
+        scheme: Its number format.
+        group_size: Columns that share a scale.
+        bias: Whether it has one.
     """
 
-    method: str
-    loss: Literal["mae", "mse"] = "mae"
-    grid: Literal["21", "20"] = "21"
-    stat: Literal["balanced", "mixed", "answer", "vision"] = "balanced"
-    rounding: Literal["nearest"] = "nearest"
-    clip: Literal["none"] = "none"
-    gqa_o_scale: bool = True
-    r_floor: Literal["median", "none"] | float = "median"
-    prefix: Literal["fp"] = "fp"
-    compat: Literal["none", "mbq"] = "none"
-    tokens: Literal["all"] | int = 512
-    modality_weight: float | None = None
-    search_prompt_weight: Literal["0", "measured"] = "0"
-
-    def resolved(self) -> dict[str, object]:
-        """All switches by name, as they are stored."""
-        raise NotImplementedError
-
-    @classmethod
-    def restored(cls, stored: Mapping[str, Any]) -> Switches:
-        """Undo `resolved`.
-
-        Raises:
-            FormatError: E4314 if a switch is missing, unknown or has an illegal value.
-        """
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChannelScales:
-    """The result of a calibration.
-
-    Attributes:
-        scales: ``layers.<l>.<unit>.e`` to (K,) float32: input channels of the unit's linears are multiplied
-            by e, the operation before is divided by it. A unit without an entry is left as it is.
-        sensitivity: Gradient statistics (METHODS 4.5).
-        calib: Data facts, resolved switches, one record per searched unit (METHODS 17).
-    """
-
-    scales: Mapping[str, NDArray[np.float32]]
-    sensitivity: Mapping[str, Any]
-    calib: Mapping[str, Any]
+    name: str
+    n: int
+    k: int
+    scheme: QuantScheme
+    group_size: int
+    bias: bool
 
     @property
-    def switches(self) -> Switches:
-        """The resolved switches that `calib` holds."""
-        raise NotImplementedError
-
-    def of_block(self, index: int) -> dict[str, NDArray[np.float32]]:
-        """Scales of one block by unit name; units left as they are do not occur."""
-        raise NotImplementedError
-
-    def write(self, folder: Path) -> None:
-        """Write the three files into an existing or new folder, each whole or not at all.
-
-        Raises:
-            ResourceError: E5001 or E5008.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def read(cls, folder: Path) -> ChannelScales:
-        """Read and check the three files.
-
-        Raises:
-            FormatError: E4314 if a file is missing or malformed, or a scale is not positive and finite.
-            IncompatibleError: E7004 for a newer schema.
-        """
-        raise NotImplementedError
+    def parts(self) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+        """Allowed dtypes and shape of each tensor it has, by full name."""
+        groups = self.k // self.group_size
+        parts: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+            "qweight": (("I32",), (self.n, words_per_row(self.k, self.scheme.weight_bits))),
+            "scales": (("F16",), (self.n, groups)),
+        }
+        if not self.scheme.symmetric:
+            parts["zeros"] = (("U8",), (self.n, groups))
+        if self.bias:
+            parts["bias"] = (FLOATS, (self.n,))
+        return {f"{self.name}.{part}": wanted for part, wanted in parts.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,52 +94,78 @@ class QuantCheckpoint:
         folder: Where it lies.
         info: Parsed `CHECKPOINT_FILE`.
         config: The model's config.json.
+        records: The quantized linears by module path, in model order.
+        files: The mapped file that holds a tensor, by the tensor's full name.
     """
 
     folder: Path
     info: Mapping[str, Any]
     config: Mapping[str, Any]
+    records: Mapping[str, LinearRecord]
+    files: Mapping[str, TensorFile]
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = True) -> QuantCheckpoint:
-        """Open and check (FORMATS 13.1).
+        """Open and check, in this order (FORMATS 13.1): schema, paths, sizes, hashes, linears.
 
         Args:
             folder: As `quantize` wrote it.
             verify: Also compare every file's hash and check the values of every linear.
 
         Raises:
-            FormatError: E4604, E4605, E4601, E4602, E4101, E4102, E4103 or E4411.
+            FormatError: E4001 if this is no checkpoint, E4604 for a malformed `CHECKPOINT_FILE`, E4605 for a
+                path that leaves the folder, E4601 for a missing file, E4602 for a changed one, E4101 to E4106
+                for tensors, E4411 for a value out of range.
             IncompatibleError: E7004 for a newer schema, E7005 for an unknown layout version.
         """
-        raise NotImplementedError
+        info = _read_info(folder)
+        records = _records(info)
+        _check_files(folder, info["files"], verify=verify)
+        files = _tensor_files(folder, info["files"])
+        for record in records.values():
+            with located(record.name):
+                _check_parts(record, files)
+        config = read_json(folder / CONFIG_FILE, code="E4002")
+        checkpoint = cls(folder=folder, info=info, config=config, records=records, files=files)
+        if verify:
+            for name in checkpoint.linears:
+                checkpoint.packed(name)
+        return checkpoint
 
     @property
     def scheme_name(self) -> str:
         """Name of the number format, or `KEPT`."""
-        raise NotImplementedError
+        return str(self.info["scheme"]["name"])
 
     @property
     def group_size(self) -> int:
         """Columns that share a scale; 0 when no linear is quantized."""
-        raise NotImplementedError
+        return int(self.info["scheme"]["group_size"])
 
     @property
     def linears(self) -> tuple[str, ...]:
         """Full module paths of the quantized linears, in model order."""
-        raise NotImplementedError
+        return tuple(self.records)
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """Full names of the untouched tensors, sorted; biases of quantized linears are not among them."""
-        raise NotImplementedError
+        """Full names of the untouched tensors, sorted; nothing of a quantized linear is among them."""
+        parts = {part for record in self.records.values() for part in record.parts}
+        return tuple(sorted(self.files.keys() - parts))
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Names that stand for another tensor: a tied head for the embedding."""
+        tied: dict[str, str] = self.info["tied"]
+        return tied
 
     def has(self, name: str) -> bool:
         """Whether `tensor` knows a name, for example ``lm_head.weight``, tied heads included."""
-        raise NotImplementedError
+        name = self.tied.get(name, name)
+        return name in self.files and self.files[name].entries[name].dtype in FLOATS
 
     def tensor(self, name: str) -> NDArray[np.floating]:
-        """Untouched tensor, or bias of a quantized linear, by its transformers name.
+        """Untouched tensor, or bias of a quantized linear, by its module path.
 
         Returns:
             float16 or float32 as stored (bfloat16 is widened to float32), read-only. A tied head is the
@@ -181,16 +174,192 @@ class QuantCheckpoint:
         Raises:
             FormatError: E4103 if there is none of that name.
         """
-        raise NotImplementedError
+        if not self.has(name):
+            raise FormatError(
+                "E4103",
+                f"The checkpoint has no tensor {name!r}.",
+                why=f"it holds {len(self.tensors)} tensors beside {len(self.linears)} quantized linears",
+                fix="quantize the model again",
+            )
+        name = self.tied.get(name, name)
+        array = self.files[name].array(name)
+        return array.astype(np.float32) if array.dtype == BFLOAT16 else array
 
     def packed(self, name: str) -> PackedWeight:
         """One quantized linear by its module path; arrays are read-only views of the mapped file.
 
         Raises:
-            FormatError: E4103 if it is no quantized linear, E4102 or E4411 if its values are bad.
+            FormatError: E4103 if it is no quantized linear, E4411 if its values are bad.
         """
-        raise NotImplementedError
+        with located(name):
+            weight = self._mapped(name)
+            check_packed(weight)
+        return weight
 
     def rows(self, name: str, start: int, stop: int) -> PackedWeight:
-        """Rows ``start`` to ``stop`` of a quantized linear, bias included."""
-        raise NotImplementedError
+        """Rows ``start`` to ``stop`` of a quantized linear, bias included; values are not checked again."""
+        whole = self._mapped(name)
+        return replace(
+            whole,
+            words=whole.words[start:stop],
+            scales=whole.scales[start:stop],
+            zeros=None if whole.zeros is None else whole.zeros[start:stop],
+            bias=None if whole.bias is None else whole.bias[start:stop],
+        )
+
+    def _mapped(self, name: str) -> PackedWeight:
+        record = self.records.get(name)
+        if record is None:
+            raise FormatError(
+                "E4103",
+                f"{name!r} is no quantized linear of the checkpoint.",
+                why=f"it has {len(self.records)}, for example {next(iter(self.records), 'none')}",
+                fix="quantize the model again",
+            )
+        arrays = {
+            part.rpartition(".")[2]: self.files[part].array(part)
+            for part in record.parts
+            if not part.endswith(".bias")
+        }
+        return PackedWeight(
+            words=arrays["qweight"].view(np.uint32),
+            scales=arrays["scales"],
+            zeros=arrays.get("zeros"),
+            k=record.k,
+            bits=record.scheme.weight_bits,
+            group_size=record.group_size,
+            bias=self.tensor(f"{name}.bias") if record.bias else None,
+        )
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    if not (folder / CHECKPOINT_FILE).is_file():
+        raise FormatError(
+            "E4001",
+            f"There is no {CHECKPOINT_FILE} in {folder}.",
+            why="a quantized checkpoint is a folder as quantize writes it",
+            fix="mbq-export quantize --model MODEL -o DIR",
+        )
+    info = read_json(folder / CHECKPOINT_FILE, limit=JSON_LIMIT_BYTES, code="E4604")
+    name, _, major = str(info.get("schema")).partition("@")
+    if name != SCHEMA or not major.isdecimal():
+        _malformed(f"its schema is {info.get('schema')!r}")
+    if int(major) > SCHEMA_MAJOR:
+        raise IncompatibleError(
+            "E7004",
+            f"The checkpoint has schema {info['schema']!r}.",
+            why=f"this release reads up to {SCHEMA}@{SCHEMA_MAJOR}",
+            fix="use the release of mbq-export that wrote it",
+        )
+    _check_shape(info)
+    if info["layout"]["name"] != LAYOUT.name:
+        _malformed(f"its layout is {info['layout']['name']!r}")
+    LAYOUT.check_version(info["layout"]["version"])
+    return info
+
+
+def _check_shape(info: dict[str, Any]) -> None:
+    """Check the types of everything that a reader relies on."""
+    wanted: dict[str, tuple[type, dict[str, type]]] = {
+        "scheme": (dict, {"name": str, "group_size": int}),
+        "layout": (dict, {"name": str, "version": int}),
+        "model": (dict, {"family": str}),
+        "linears": (list, {"name": str, "n": int, "k": int, "scheme": str, "group_size": int, "bias": bool}),
+        "files": (list, {"path": str, "bytes": int, "sha256": str}),
+        "tied": (dict, {}),
+    }  # fmt: skip
+    for key, (kind, members) in wanted.items():
+        value = info.get(key)
+        if not isinstance(value, kind):
+            _malformed(f"{key} is not a {kind.__name__}")
+        for item in value if isinstance(value, list) else [value]:
+            if not isinstance(item, dict):
+                _malformed(f"an entry of {key} is not an object")
+            for name, member in members.items():
+                if type(item.get(name)) is not member:
+                    _malformed(f"{name} in {key} is not a {member.__name__}")
+    if not all(isinstance(target, str) for target in info["tied"].values()):
+        _malformed("tied does not map names to names")
+
+
+def _records(info: dict[str, Any]) -> dict[str, LinearRecord]:
+    records = {}
+    for row in info["linears"]:
+        name, n, k, group_size = row["name"], row["n"], row["k"], row["group_size"]
+        if row["scheme"] not in SCHEMES.names():
+            _malformed(f"{name} has the unknown scheme {row['scheme']!r}")
+        if name in records:
+            _malformed(f"{name} is listed twice")
+        if n < 1 or k < 1 or group_size not in GROUP_SIZES or k % group_size:
+            _malformed(f"{name} has {n} x {k} weights in groups of {group_size}")
+        records[name] = LinearRecord(
+            name=name, n=n, k=k, scheme=SCHEMES[row["scheme"]], group_size=group_size, bias=row["bias"]
+        )  # fmt: skip
+    return records
+
+
+def _check_files(folder: Path, rows: list[dict[str, Any]], *, verify: bool) -> None:
+    paths = [contained(folder, row["path"], code="E4605", missing="E4601") for row in rows]
+    for path, row in zip(paths, rows, strict=True):
+        if path.stat().st_size != row["bytes"]:
+            _changed(row, f"{path.stat().st_size} bytes instead of {row['bytes']}")
+    for path, row in zip(paths, rows, strict=True):
+        if verify and sha256_of(path) != row["sha256"]:
+            _changed(row, "other content")
+    if CONFIG_FILE not in {row["path"] for row in rows}:
+        _malformed(f"{CONFIG_FILE} is not among its files")
+
+
+def _tensor_files(folder: Path, rows: list[dict[str, Any]]) -> dict[str, TensorFile]:
+    found: dict[str, TensorFile] = {}
+    for row in rows:
+        if not row["path"].endswith(".safetensors"):
+            continue
+        file = TensorFile(folder / row["path"])
+        for name in file.entries:
+            if name in found:
+                raise FormatError(
+                    "E4105",
+                    f"Tensor {name!r} is in {found[name].path.name} and in {row['path']}.",
+                    why="a tensor lies in one file",
+                    fix="quantize the model again",
+                )
+            found[name] = file
+    return found
+
+
+def _check_parts(record: LinearRecord, files: Mapping[str, TensorFile]) -> None:
+    for part, (dtypes, shape) in record.parts.items():
+        if part not in files:
+            raise FormatError(
+                "E4103",
+                f"There is no tensor {part!r}.",
+                why=f"a {record.scheme.name} linear has {', '.join(record.parts)}",
+                fix="quantize the model again",
+            )
+        entry = files[part].entries[part]
+        if entry.dtype not in dtypes or entry.shape != shape:
+            raise FormatError(
+                "E4102",
+                f"Tensor {part!r} is {entry.dtype} {entry.shape}.",
+                why=f"expected {' or '.join(dtypes)} {shape}",
+                fix="quantize the model again",
+            )
+
+
+def _changed(row: Mapping[str, Any], what: str) -> NoReturn:
+    raise FormatError(
+        "E4602",
+        f"{row['path']} changed: {what}.",
+        why=f"size and SHA-256 must be those in {CHECKPOINT_FILE}",
+        fix="copy the checkpoint again, or quantize the model again",
+    )
+
+
+def _malformed(what: str) -> NoReturn:
+    raise FormatError(
+        "E4604",
+        f"{CHECKPOINT_FILE} is malformed: {what}.",
+        why=f"this release reads {SCHEMA}@{SCHEMA_MAJOR} as docs/formats/checkpoint.md describes it",
+        fix="quantize the model again",
+    )

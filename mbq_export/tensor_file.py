@@ -93,7 +93,7 @@ class TensorFile:
 
     @cached_property
     def _bytes(self) -> NDArray[np.uint8]:
-        return np.memmap(self.path, np.uint8, "r")
+        return np.asarray(np.memmap(self.path, np.uint8, "r"))
 
 
 def write_tensors(
@@ -126,9 +126,7 @@ def write_tensors(
     return Written(size=size, sha256=digest.hexdigest())
 
 
-def _header(
-    tensors: Iterable[tuple[str, NDArray[Any]]], metadata: Mapping[str, str]
-) -> bytes:
+def _header(tensors: Iterable[tuple[str, NDArray[Any]]], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     start = 0
     for name, array in tensors:

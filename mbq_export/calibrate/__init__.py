@@ -10,7 +10,7 @@ from mbq_export.progress import Progress, silent
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mbq_export.checkpoint import ChannelScales, Switches
+    from mbq_export.channel_scales import ChannelScales, Switches
     from mbq_export.families.base import LoadedModel
     from mbq_export.families.inputs import ModelInputs
     from mbq_export.schemes.base import QuantScheme

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from mbq_export.calibrate import Recipe, calibrate
 from mbq_export.calibrate.data import encode, read_manifest, token_shares
-from mbq_export.checkpoint import ChannelScales
+from mbq_export.channel_scales import ChannelScales
 from mbq_export.families.base import LoadedModel
 from mbq_export.pipeline.plan import Plan
 from mbq_export.progress import Progress

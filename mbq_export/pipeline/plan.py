@@ -16,7 +16,8 @@ from typing import Any, Final
 from mbq_export import __version__
 from mbq_export.backends import BACKENDS
 from mbq_export.calibrate.methods import METHODS
-from mbq_export.checkpoint import KEPT, Switches
+from mbq_export.channel_scales import Switches
+from mbq_export.checkpoint import KEPT
 from mbq_export.errors import MachineError, ResourceError, UsageError
 from mbq_export.families.base import ModelFamily, TextShape
 from mbq_export.families.locate import ModelSource, family_of, locate

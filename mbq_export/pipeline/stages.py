@@ -18,7 +18,8 @@ from typing import Any, Final, Protocol
 from mbq_export import __version__
 from mbq_export.backends.base import EngineRecord
 from mbq_export.bundle import ENGINES, LOGS, ONNX, REPORTS, WEIGHTS, Bundle, seal
-from mbq_export.checkpoint import ChannelScales, QuantCheckpoint
+from mbq_export.channel_scales import ChannelScales
+from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import GateError, located
 from mbq_export.evaluate.validate import validate
 from mbq_export.export import ExportRecord, GraphForm, export

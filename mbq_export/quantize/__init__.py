@@ -9,7 +9,8 @@ from mbq_export.progress import Progress, silent
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mbq_export.checkpoint import ChannelScales, QuantCheckpoint
+    from mbq_export.channel_scales import ChannelScales
+    from mbq_export.checkpoint import QuantCheckpoint
     from mbq_export.families.base import LoadedModel
     from mbq_export.schemes.base import QuantScheme
     from mbq_export.state import State

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mbq_export.checkpoint import Switches
+from mbq_export.channel_scales import Switches
 
 if TYPE_CHECKING:
     from torch import Tensor
