@@ -42,6 +42,9 @@ WARNINGS: Final = 2
 FATAL_ONLY: Final = 4
 """Severities of ONNX Runtime's own log. Its errors reach us as exceptions, so printing them too is noise."""
 
+DATA_FOLDER: Final = "session.model_external_initializers_file_folder_path"
+"""Where a graph that is loaded from memory finds its external data."""
+
 DTYPES: Final = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -120,6 +123,7 @@ def open_graph(
     providers: Sequence[str] | None = None,
     threads: int = 0,
     accuracy_level: int = EXACT,
+    proto: bytes | None = None,
 ) -> OrtEngine:
     """Load a graph.
 
@@ -128,6 +132,8 @@ def open_graph(
         providers: In order of preference; None takes CUDA where a device is present, else the CPU.
         threads: CPU threads; 0 takes all that this process may use.
         accuracy_level: `EXACT` or `FAST`.
+        proto: Load this form of the file's protobuf instead, for example one with more outputs; external data
+            are still those beside the file.
 
     Raises:
         MachineError: E3003 without ONNX Runtime, E3008 with two of them, E3006 without a provider.
@@ -145,10 +151,13 @@ def open_graph(
             why="graphs are written by export",
             fix="mbq-export build, or export, writes them",
         )
+    options = _session_options(runtime, threads=threads, accuracy_level=accuracy_level)
+    if proto is not None:
+        options.add_session_config_entry(DATA_FOLDER, str(path.parent.resolve()))
     try:
         session = runtime.InferenceSession(
-            str(path),
-            _session_options(runtime, threads=threads, accuracy_level=accuracy_level),
+            str(path) if proto is None else proto,
+            options,
             # TF32 would keep 10 bits of every factor: not what an exact path promises.
             providers=[(name, {"use_tf32": "0"}) if name == CUDA else name for name in wanted],
             enable_fallback=0,
