@@ -142,6 +142,13 @@ class BlockStream:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
+    @torch.no_grad()
+    def run_all(
+        self, block: nn.Module, index: int, batches: Sequence[tuple[Batch, Tensor]]
+    ) -> list[Tensor]:
+        """Run a block on batches with their inputs, without gradients; return the outputs."""
+        return [self.run(block, index, batch, hidden) for batch, hidden in batches]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: (..., hidden) output of the last block to (..., vocab)."""
         family, module = self._model.family, self._model.module

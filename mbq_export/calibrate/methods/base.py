@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
 from mbq_export.channel_scales import Switches
+from mbq_export.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mbq_export.calibrate.search import UnitView
+
+PUBLISHED: Final[Mapping[str, object]] = {
+    "grid": "20",
+    "stat": "mixed",
+    "tokens": "all",
+    "gqa_o_scale": False,
+    "r_floor": "median",
+    "search_prompt_weight": "0",
+    "prefix": "fp",
+}
+"""What ``--compat mbq`` fixes beside the quantizer's arithmetic (METHODS 2.5)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,3 +63,24 @@ class Method:
     def needs_ratios(self, switches: Switches) -> bool:
         """Whether gradients must be measured for these switches."""
         return self.scales is not None and (self.balanced or switches.stat == "balanced")
+
+    def resolve(self, chosen: Mapping[str, Any]) -> Switches:
+        """Put the user's choices over the preset.
+
+        Args:
+            chosen: Fields of `Switches` that the user named, nothing else.
+
+        Raises:
+            UsageError: E2002 if a choice contradicts ``compat``.
+        """
+        if chosen.get("compat") != "mbq":
+            return replace(self.switches, **chosen)
+        for name, value in chosen.items():
+            if PUBLISHED.get(name, value) != value:
+                raise UsageError(
+                    "E2002",
+                    f"--compat mbq contradicts {name} = {value}.",
+                    why=f"the published code uses {name} = {PUBLISHED[name]}",
+                    fix=(f"leave {name} out", "leave --compat out"),
+                )
+        return replace(self.switches, **{**PUBLISHED, **chosen})

@@ -1,0 +1,17 @@
+"""Activation-aware scales: squared error over all real tokens alike (AWQ, arXiv 2306.00978).
+
+The scale search only: the clipping step of that paper is not done (``clip`` stays "none").
+"""
+
+from typing import Final
+
+from mbq_export.calibrate.methods.base import Method
+from mbq_export.calibrate.search import search
+from mbq_export.channel_scales import Switches
+
+METHOD: Final = Method(
+    name="awq",
+    switches=Switches(method="awq", loss="mse", grid="20", stat="mixed", gqa_o_scale=False),
+    balanced=False,
+    scales=search,
+)

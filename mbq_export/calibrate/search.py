@@ -1,0 +1,274 @@
+"""Try every exponent on a grid and keep the channel scale that moves a module's output least.
+
+    e = m**alpha / sqrt(max * min)          m: mean |x| per input channel
+    W' = Q(W diag(e)) diag(1 / e)           alpha = 0 is plain rounding
+    J(alpha) = error of the module's output with W' in place of W, weighed per token class
+
+MBQ, arXiv 2412.19509, section 3.2, on the search of AWQ, arXiv 2306.00978, section 3.2. With ``--tokens N``
+candidates are ranked on N tokens per class; those that could still be best are scored again on all tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+from mbq_export.blocks.fold import folds_safely
+from mbq_export.blocks.loss import class_totals, coefficients, token_counts, token_errors
+from mbq_export.calibrate.methods.base import Found
+from mbq_export.errors import GateError
+from mbq_export.families.base import ANSWER, PAD, PROMPT, TOKEN_CLASSES, VISION
+from mbq_export.schemes.affine import dequantize, quantize
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mbq_export.calibrate.units import Call, UnitView
+    from mbq_export.channel_scales import Switches
+    from mbq_export.families.base import TextShape
+
+WIDEST: Final = 256.0
+"""Scales are clipped to [1 / 256, 256] after normalizing."""
+
+CANDIDATE_BYTES: Final = 1 << 30
+"""Rounded candidate weights held at a time."""
+
+STANDARD_ERRORS: Final = 2.0
+"""A candidate this close to the best of a sample is scored on all tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Objectives of all candidates.
+
+    Attributes:
+        values: (C,) float64 J; exact where `exact`, else estimated from a sample.
+        exact: (C,) bool.
+        totals: (C, classes) float64 per-class sums, of all tokens where `exact`.
+        deviation: (C,) float64, standard error of J - J(best of the sample); 0 without a sample.
+        scored: Tokens that every candidate was scored on.
+    """
+
+    values: Tensor
+    exact: Tensor
+    totals: Tensor
+    deviation: Tensor
+    scored: int
+
+
+def exponents(switches: Switches) -> tuple[float, ...]:
+    """The grid: k / 20, without 1 in the published form."""
+    return tuple(k / 20 for k in range(int(switches.grid)))
+
+
+def statistic(unit: UnitView, switches: Switches) -> Tensor:
+    """Mean |x| per input channel, (K,) float64, over the tokens that `switches.stat` names.
+
+    Balanced (METHODS 6.4): (answer + r vision) / (1 + r), because vision tokens outnumber answers.
+    """
+    mean = unit.statistics.mean
+    if switches.stat == "balanced":
+        m = (mean(ANSWER) + unit.r * mean(VISION)) / (1 + unit.r)
+    elif switches.stat == "mixed":
+        m = mean(PROMPT, VISION, ANSWER, *([PAD] if switches.compat == "mbq" else []))
+    else:
+        m = mean(ANSWER if switches.stat == "answer" else VISION)
+    return shared_by_heads(m, text=unit.text) if unit.place.unit == "o" else m
+
+
+def shared_by_heads(m: Tensor, *, text: TextShape) -> Tensor:
+    """Average the channels that read the same value channel: (heads * D,) to the same shape.
+
+    Query head h reads key-value head h // (heads / kv_heads), so one scale must serve all of its readers.
+    """
+    per_head = m.reshape(text.kv_heads, -1, text.head_dim)
+    return per_head.mean(1, keepdim=True).expand_as(per_head).reshape(-1)
+
+
+def scale(m: Tensor, alpha: float, *, compat: bool = False) -> Tensor:
+    """Turn a statistic into a scale.
+
+    Channels that never see a value stay out of the normalization and keep 1; the published rule instead
+    lets one of them shift all others.
+
+    Args:
+        m: (K,), not negative.
+        alpha: Exponent.
+        compat: Use the published rule.
+
+    Returns:
+        (K,) float32 e, with max * min = 1 before clipping.
+    """
+    e = m.float().pow(alpha).clamp(min=1e-4)
+    if compat:
+        return e / (e.max() * e.min()).sqrt()
+    alive = m > 0
+    if not bool(alive.any()):
+        return torch.ones_like(e)
+    e = e / (e[alive].max() * e[alive].min()).sqrt()
+    e[~alive] = 1.0
+    return e.clamp(1 / WIDEST, WIDEST)
+
+
+def rounded(unit: UnitView, e: Tensor, *, compat: bool) -> dict[str, Tensor]:
+    """Weights of the unit after scaling, rounding and scaling back, named for the inspected module."""
+    found = {}
+    for linear in unit.place.into:
+        weight = unit.block.get_parameter(f"{linear}.weight")
+        scaled = weight * e.to(weight.dtype) if compat else weight.float() * e
+        codes = quantize(scaled, scheme=unit.scheme, group_size=unit.group_size, compat=compat)
+        found[unit.parameter(linear)] = (dequantize(codes) / e).to(weight.dtype)
+    return found
+
+
+def search(unit: UnitView, switches: Switches) -> Found:
+    """Keep the exponent with the smallest objective; ties go to the smaller one.
+
+    Args:
+        unit: One unit of a block.
+        switches: Loss, grid, statistic, tokens, compatibility.
+
+    Raises:
+        GateError: E1103 naming the exponent if an objective is not finite.
+    """
+    m = statistic(unit, switches)
+    alphas = exponents(switches)
+    candidates = [scale(m, alpha, compat=switches.compat == "mbq") for alpha in alphas]
+    scored = score(unit, candidates, switches)
+    if not bool(torch.isfinite(scored.values).all()):
+        bad = alphas[int((~torch.isfinite(scored.values)).nonzero()[0])]
+        raise GateError(
+            "E1103",
+            f"The objective at exponent {bad} is not finite.",
+            why="activations or weights overflow",
+            fix=("--dtype fp32", "mbq-export inspect MODEL"),
+        )
+    usable = torch.where(scored.exact, scored.values, torch.inf)
+    ranked = torch.argsort(usable, stable=True).tolist()
+    fitting = [
+        place
+        for place in ranked
+        if folds_safely(unit.block, candidates[place], place=unit.place, text=unit.text)
+    ]
+    best = fitting[0] if fitting else 0
+    return Found(
+        alpha=alphas[best],
+        scales=candidates[best],
+        record=_record(unit, switches, scored, best, m=m, dropped=ranked.index(best)),
+    )
+
+
+def score(unit: UnitView, candidates: Sequence[Tensor], switches: Switches) -> Scored:
+    """Score candidates, on a sample of tokens first where one can stand for all.
+
+    Args:
+        unit: One unit of a block.
+        candidates: (K,) scales; the first is plain rounding.
+        switches: Loss and compatibility.
+
+    Returns:
+        Exact values for the first candidate and for all that may be best.
+    """
+    tokens, pads = unit.statistics.tokens, switches.compat == "mbq"
+    weigh = coefficients(
+        tokens, width=unit.text.hidden, loss=switches.loss, weights=unit.weights, pads=pads
+    )
+    values = torch.zeros(len(candidates), dtype=torch.float64)
+    deviation, totals = torch.zeros_like(values), values.new_zeros(len(values), len(TOKEN_CLASSES))
+    places, scored = list(range(len(candidates))), int(tokens.sum())
+    if unit.sample is not None:
+        sample = unit.sample
+        errors = torch.stack(
+            [_errors(unit, sample, rounded(unit, e, compat=pads), switches) for e in candidates]
+        )
+        scored = errors.shape[1]
+        values, deviation = _estimate(errors, sample.classes, tokens=tokens, weigh=weigh)
+        close = values - values.min() <= STANDARD_ERRORS * deviation
+        close[torch.argsort(values, stable=True)[:2]] = True
+        close[0] = True
+        places = close.nonzero()[:, 0].tolist()
+    totals[places] = _all_totals(unit, [candidates[place] for place in places], switches)
+    values[places] = totals[places] @ weigh
+    exact = torch.zeros(len(candidates), dtype=torch.bool)
+    exact[places] = True
+    return Scored(values=values, exact=exact, totals=totals, deviation=deviation, scored=scored)
+
+
+def _estimate(
+    errors: Tensor, classes: Tensor, *, tokens: Tensor, weigh: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Objectives from a sample drawn per class, and standard errors of their distance to the least.
+
+    Args:
+        errors: (C, n) float64 token errors.
+        classes: (n,) int8.
+        tokens: (classes,) tokens in all.
+        weigh: (classes,) coefficients of the objective.
+
+    Returns:
+        (C,) objectives and (C,) standard errors, with the finite-population correction.
+    """
+    drawn = token_counts(classes)
+    whole = weigh * tokens
+    values = class_totals(errors, classes) @ (whole / drawn.clamp(min=1.0))
+    apart = errors - errors[int(values.argmin())]
+    mean = class_totals(apart, classes) / drawn.clamp(min=1.0)
+    spread = class_totals(apart.square(), classes) / drawn.clamp(min=1.0) - mean.square()
+    left_out = (1 - drawn / tokens.clamp(min=1.0)).clamp(min=0.0)
+    variance = spread.clamp(min=0.0) / (drawn - 1).clamp(min=1.0) * left_out
+    return values, (variance @ whole.square()).sqrt()
+
+
+def _all_totals(unit: UnitView, candidates: Sequence[Tensor], switches: Switches) -> Tensor:
+    """Per-class sums over all tokens: (C, classes) float64."""
+    weight_bytes = 4 * sum(
+        unit.block.get_parameter(f"{linear}.weight").numel() for linear in unit.place.into
+    )
+    at_once = max(1, CANDIDATE_BYTES // weight_bytes)
+    parts = []
+    for start in range(0, len(candidates), at_once):
+        some = candidates[start : start + at_once]
+        weights = [rounded(unit, e, compat=switches.compat == "mbq") for e in some]
+        totals = torch.zeros(len(some), len(TOKEN_CLASSES), dtype=torch.float64)
+        for call in unit.calls():
+            for place, weight in enumerate(weights):
+                totals[place] += class_totals(_errors(unit, call, weight, switches), call.classes)
+        parts.append(totals)
+    return torch.cat(parts)
+
+
+def _errors(unit: UnitView, call: Call, weights: dict[str, Tensor], switches: Switches) -> Tensor:
+    """Token errors of one call with other weights: (T,) float64. The module itself is not changed."""
+    moved = torch.func.functional_call(unit.inspected, weights, (call.rows,), dict(call.arguments))
+    output = moved[0] if isinstance(moved, tuple) else moved
+    return token_errors(call.output - output, loss=switches.loss).flatten()
+
+
+def _record(
+    unit: UnitView, switches: Switches, scored: Scored, best: int, *, m: Tensor, dropped: int
+) -> dict[str, object]:
+    alphas = exponents(switches)
+    values = scored.values.tolist()
+    width = float(unit.text.hidden)
+    per_token = scored.totals / (unit.statistics.tokens.clamp(min=1.0) * width)
+    classes = {
+        name: {TOKEN_CLASSES[kind]: float(per_token[place, kind]) for kind in (VISION, ANSWER)}
+        for name, place in (("rtn", 0), ("best", best))
+    }
+    sampled = not bool(scored.exact.all()) or scored.scored < int(unit.statistics.tokens.sum())
+    return {
+        "stat": switches.stat,
+        "J": {"rtn": values[0], "best": values[best], "se": float(scored.deviation[best])},
+        "error": classes,
+        "grid": [[alpha, value] for alpha, value in zip(alphas, values, strict=True)],
+        "exact": [
+            alpha for alpha, exact in zip(alphas, scored.exact.tolist(), strict=True) if exact
+        ],
+        "tokens": {"scored": scored.scored if sampled else "all", "rescored": "all"},
+        "dead_channels": int((m == 0).sum()),
+        "degenerate": len(set(values)) == 1,
+        "dropped": dropped,
+    }

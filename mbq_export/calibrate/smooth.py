@@ -1,0 +1,166 @@
+"""One block: run it in full precision, show each of its units to the method, collect the scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mbq_export.blocks.loss import ClassWeights
+from mbq_export.calibrate.sensitivity import prompt_weight_of, r_of
+from mbq_export.calibrate.units import UnitView, choose_tokens, observe, run_and_watch
+from mbq_export.errors import located
+from mbq_export.families.base import ANSWER, PROMPT, VISION
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from mbq_export.blocks.stream import Batch, BlockStream
+    from mbq_export.calibrate.methods.base import Method
+    from mbq_export.calibrate.units import BlockObservation, Call
+    from mbq_export.channel_scales import Switches
+    from mbq_export.families.base import Smooth, TextShape
+    from mbq_export.schemes.base import QuantScheme
+
+MOST_TOKENS = 1 << 40
+"""More than any class has: every token is scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What all blocks of one calibration share.
+
+    Attributes:
+        stream: Runs blocks.
+        places: Units of a block.
+        text: Decoder sizes.
+        scheme: Number format to round to.
+        group_size: Columns that share a scale.
+        method: Rule for scales.
+        switches: Resolved.
+        sensitivity: Measured or supplied ratios; empty if the method needs none.
+        seed: Seeds the choice of scored tokens.
+    """
+
+    stream: BlockStream
+    places: tuple[Smooth, ...]
+    text: TextShape
+    scheme: QuantScheme
+    group_size: int
+    method: Method
+    switches: Switches
+    sensitivity: Mapping[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothedBlock:
+    """Result of one block.
+
+    Attributes:
+        scales: Unit name to (K,) float32 e; units left as they are do not occur.
+        units: A record per unit, as `calib.json` keeps them.
+        outputs: Per batch, the full-precision input of the next block.
+    """
+
+    scales: dict[str, Tensor]
+    units: list[dict[str, Any]]
+    outputs: list[Tensor]
+
+
+@torch.no_grad()
+def smooth_block(
+    job: Job, block: nn.Module, index: int, batches: Sequence[tuple[Batch, Tensor]]
+) -> SmoothedBlock:
+    """Find the scales of all units of a block. The block is not changed.
+
+    Args:
+        job: Method, switches and scheme.
+        block: In full precision.
+        index: Its position.
+        batches: All samples with the block's input rows.
+
+    Raises:
+        GateError: E1103 naming block, unit and exponent if an objective is not finite.
+    """
+    places = [place for place in job.places if _is_scaled(job, place)]
+    chosen = _chosen(job, index, [batch for batch, _ in batches])
+    seen = observe(job.stream, block, index, batches, places=places, chosen=chosen)
+    scales, units = {}, []
+    for place in job.places:
+        about = {"layer": index, "unit": place.unit, "absorbed_by": place.source}
+        if place not in places or job.method.scales is None:
+            units.append({**about, "alpha": None})
+            continue
+        view = _view(job, block, index, place, seen, batches)
+        with located(f"block {index}"), located(place.unit):
+            found = job.method.scales(view, job.switches)
+        if found is not None:
+            scales[place.unit] = found.scales
+            r = view.r if job.sensitivity else None
+            units.append({**about, "alpha": found.alpha, "r": r, **found.record})
+    return SmoothedBlock(scales=scales, units=units, outputs=seen.outputs)
+
+
+def _is_scaled(job: Job, place: Smooth) -> bool:
+    return place.unit != "o" or job.text.heads == job.text.kv_heads or job.switches.gqa_o_scale
+
+
+def _chosen(job: Job, index: int, batches: Sequence[Batch]) -> list[Tensor] | None:
+    """Tokens that stand for all: of every class that the loss weighs."""
+    if job.switches.tokens == "all":
+        return None
+    kinds = [VISION, ANSWER]
+    if not job.method.balanced or job.switches.search_prompt_weight == "measured":
+        kinds.append(PROMPT)
+    return choose_tokens(
+        batches, per_class=int(job.switches.tokens), kinds=kinds, seed=[job.seed, index]
+    )
+
+
+def _view(
+    job: Job,
+    block: nn.Module,
+    index: int,
+    place: Smooth,
+    seen: BlockObservation,
+    batches: Sequence[tuple[Batch, Tensor]],
+) -> UnitView:
+    r, prompt = 0.0, 0.0
+    if job.sensitivity:
+        r = r_of(job.sensitivity, index, place.unit)
+        if job.switches.search_prompt_weight == "measured":
+            prompt = prompt_weight_of(job.sensitivity, index, place.unit)
+    if job.switches.modality_weight is not None:
+        r = job.switches.modality_weight
+    kept = seen.kept.get(place.unit)
+    return UnitView(
+        layer=index,
+        place=place,
+        block=block,
+        text=job.text,
+        scheme=job.scheme,
+        group_size=job.group_size,
+        r=r,
+        weights=ClassWeights(vision=r, prompt=prompt) if job.method.balanced else None,
+        statistics=seen.statistics[place.unit],
+        sample=seen.samples.get(place.unit),
+        calls=partial(iter, kept)
+        if kept is not None
+        else partial(_again, job.stream, block, index, batches, place),
+    )
+
+
+def _again(
+    stream: BlockStream,
+    block: nn.Module,
+    index: int,
+    batches: Sequence[tuple[Batch, Tensor]],
+    place: Smooth,
+) -> Iterator[Call]:
+    """Run the block again for one unit's calls: what a large model does instead of keeping them."""
+    for _, calls in run_and_watch(stream, block, index, batches, [place]):
+        yield calls[place.unit]
