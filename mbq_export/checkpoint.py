@@ -11,7 +11,7 @@ Per quantized linear: ``qweight`` I32 (N, ceil(K * bits / 32)), ``scales`` F16 (
 ``bias``. Channel scales are already folded into the weights and norms around. Every other tensor has the
 dtype it has in the model's own files if that holds the value exactly, otherwise float32: folding never
 rounds, so full-precision model, torch oracle and graphs differ by the codes alone
-(docs/decisions/0006-folded-tensors-keep-float32.md).
+(docs/decisions/0007-folded-tensors-keep-float32.md).
 
 Deterministic: sorted keys, no times, no hosts, no absolute paths. Reading needs numpy alone.
 """

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+import logging
+from typing import TYPE_CHECKING, Any, Final
 
+from mbq_export import __version__
+from mbq_export.blocks.stream import BlockStream
+from mbq_export.checkpoint import CONFIG_FILE, KEPT, SCHEMA, SCHEMA_MAJOR, QuantCheckpoint
+from mbq_export.errors import FormatError, InternalError, located
 from mbq_export.progress import Progress, silent
+from mbq_export.quantize.apply import (
+    QuantizedBlock,
+    Rounding,
+    check_finite,
+    content_hash,
+    exact,
+    quantize_block,
+)
+from mbq_export.quantize.write import write_checkpoint
+from mbq_export.reading import sha256_of
+from mbq_export.schemes.base import groups_of
+from mbq_export.schemes.layouts.dense import LAYOUT
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from torch import Tensor
+
     from mbq_export.channel_scales import ChannelScales
-    from mbq_export.checkpoint import QuantCheckpoint
     from mbq_export.families.base import LoadedModel
     from mbq_export.schemes.base import QuantScheme
     from mbq_export.state import State
 
+logger = logging.getLogger(__name__)
 
-def quantize(
+STAGE: Final = "quantize"
+FULL_PRECISION_BITS: Final = 16
+
+
+def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
     model: LoadedModel,
     scales: ChannelScales,
     *,
@@ -34,7 +59,8 @@ def quantize(
         scheme: Number format; None keeps every linear as it is (the full-precision baseline).
         group_size: Columns that share a scale; ignored without a scheme.
         out: Folder to make; appears only when complete.
-        state: Finished blocks are kept in it and not done again.
+        state: Finished blocks are kept in it and not done again. That it belongs to the same arguments is
+            its opener's business. Without it they are kept in memory.
         progress: Called after each block.
 
     Raises:
@@ -42,4 +68,174 @@ def quantize(
         FormatError: E4110 or E4112 naming the tensor, E4314 for a scale that fits no unit.
         ResourceError: E5001 or E5008.
     """
-    raise NotImplementedError
+    rounding = Rounding(
+        scheme=scheme,
+        group_size=group_size if scheme else 0,
+        compat=scales.switches.compat == "mbq",
+    )
+    stream = BlockStream(model)
+    _check_groups(model, rounding)
+    _check_blocks(scales, len(stream))
+    blocks = []
+    for index in range(len(stream)):
+        blocks.append(
+            _finished(model, stream, index, scales=scales, rounding=rounding, state=state)
+        )
+        progress(index + 1, len(stream), f"rel. error {blocks[-1].error:.3g}")
+    rest = _rest(model)
+    check_finite(rest)
+    write_checkpoint(
+        out,
+        [*(block.tensors for block in blocks), {n: exact(t, model, n) for n, t in rest.items()}],
+        info={
+            **_model_facts(model, [*(block.sha256 for block in blocks), content_hash(rest)]),
+            **_number_facts(rounding),
+            "method": _method_facts(scales),
+            "linears": [row for block in blocks for row in block.linears],
+            "skipped": _skipped(model, rounding),
+        },
+        config=_config(model, rounding),
+        source=model.folder,
+    )
+    return QuantCheckpoint.open(out, verify=False)
+
+
+def _finished(
+    model: LoadedModel,
+    stream: BlockStream,
+    index: int,
+    *,
+    scales: ChannelScales,
+    rounding: Rounding,
+    state: State | None,
+) -> QuantizedBlock:
+    """A block from the state, or done now."""
+    kept = _kept(state, index)
+    if kept is not None:
+        return kept
+    block = quantize_block(model, stream, index, scales, rounding)
+    if state is None:
+        return block
+    record = {"linears": list(block.linears), "sha256": block.sha256}
+    state.save_block(STAGE, index, block.tensors, record)
+    mapped = _kept(state, index)
+    if mapped is None:
+        raise InternalError("E9001", f"Block {index} was saved and cannot be read back.")
+    return mapped
+
+
+def _kept(state: State | None, index: int) -> QuantizedBlock | None:
+    saved = state.load_block(STAGE, index) if state else None
+    if saved is None:
+        return None
+    return QuantizedBlock(
+        tensors=saved.tensors,
+        linears=tuple(saved.record["linears"]),
+        sha256=saved.record["sha256"],
+    )
+
+
+def _rest(model: LoadedModel) -> dict[str, Tensor]:
+    """Everything outside the decoder blocks; a tied head is the embedding and not among it."""
+    inside, head = f"{model.family.blocks}.", f"{model.family.head}.weight"
+    return {
+        name: tensor
+        for name, tensor in model.module.state_dict().items()
+        if not name.startswith(inside) and not (model.text.tied_head and name == head)
+    }
+
+
+def _check_groups(model: LoadedModel, rounding: Rounding) -> None:
+    if rounding.scheme is None:
+        return
+    first = model.module.get_submodule(f"{model.family.blocks}.0")
+    for linear in model.family.linears:
+        with located(model.family.linear_path(0, linear)):
+            groups_of(int(first.get_submodule(linear).weight.shape[1]), rounding.group_size)
+
+
+def _check_blocks(scales: ChannelScales, count: int) -> None:
+    if scales.blocks > count:
+        raise FormatError(
+            "E4314",
+            f"There are scales for block {scales.blocks - 1}.",
+            why=f"the model has {count} blocks",
+            fix="calibrate this model again",
+        )
+
+
+def _model_facts(model: LoadedModel, hashes: Sequence[str]) -> dict[str, Any]:
+    head = f"{model.family.head}.weight"
+    return {
+        "schema": f"{SCHEMA}@{SCHEMA_MAJOR}",
+        "tool": {"name": "mbq-export", "version": __version__},
+        "model": {
+            "family": model.family.name,
+            "architecture": model.config["architectures"][0],
+            "config_sha256": sha256_of(model.folder / CONFIG_FILE),
+            "source_sha256": hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
+        },
+        "tied": {head: f"{model.family.embed}.weight"} if model.text.tied_head else {},
+        "lm_head": None,
+    }
+
+
+def _number_facts(rounding: Rounding) -> dict[str, Any]:
+    scheme = rounding.scheme
+    return {
+        "scheme": {
+            "name": scheme.name if scheme else KEPT,
+            "bits": scheme.weight_bits if scheme else FULL_PRECISION_BITS,
+            "group_size": rounding.group_size,
+            "symmetric": scheme.symmetric if scheme else False,
+            "rounding": "half_even",
+            "scale_dtype": "float16",
+            "activation": None,
+        },
+        "layout": {"name": LAYOUT.name, "version": LAYOUT.version},
+    }
+
+
+def _method_facts(scales: ChannelScales) -> dict[str, Any]:
+    switches = scales.switches.resolved()
+    return {
+        "name": switches.pop("method"),
+        **switches,
+        "calibration_sha256": scales.calib.get("data", {}).get("sha256"),
+        "seed": scales.calib.get("seed"),
+    }
+
+
+def _skipped(model: LoadedModel, rounding: Rounding) -> list[dict[str, Any]]:
+    """Which matrices stay in floating point, by pattern, and why."""
+    blocks = model.family.blocks
+    counts: dict[str, int] = {}
+    for name, module in model.module.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.dim() < 2 or name.startswith(f"{blocks}."):
+            continue
+        top = ".".join(name.split(".")[:2])
+        pattern = name if top == name or blocks.startswith(f"{top}.") else f"{top}.*"
+        counts[pattern] = counts.get(pattern, 0) + 1
+    skipped = [{"pattern": p, "modules": n, "why": "policy"} for p, n in sorted(counts.items())]
+    if rounding.scheme is None:
+        linears = len(model.family.linears) * model.text.layers
+        skipped.append({"pattern": f"{blocks}.*", "modules": linears, "why": "baseline"})
+    return skipped
+
+
+def _config(model: LoadedModel, rounding: Rounding) -> Mapping[str, Any]:
+    if rounding.scheme is None:
+        return model.config
+    return {
+        **model.config,
+        "quantization_config": {
+            "quant_method": "mbq",
+            "bits": rounding.scheme.weight_bits,
+            "group_size": rounding.group_size,
+            "sym": rounding.scheme.symmetric,
+            "format": f"mbq-{LAYOUT.name}",
+            "version": LAYOUT.version,
+            "modules_to_not_convert": [row["pattern"] for row in _skipped(model, rounding)],
+        },
+    }

@@ -1,0 +1,230 @@
+"""One decoder block from weights to what a checkpoint stores: fold, round, pack.
+
+block in float32 ── fold e ──► W diag(e), norm / e ── round ──► codes, s, z ── pack ──► words
+                               biases, norms, kept linears ── stored exactly ──────────► tensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbq_export.blocks.fold import fold
+from mbq_export.errors import FormatError, located
+from mbq_export.schemes.affine import Codes, dequantize
+from mbq_export.schemes.affine import quantize as round_to_codes
+from mbq_export.schemes.layouts.dense import pack
+from mbq_export.tensor_file import BFLOAT16, DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from mbq_export.blocks.stream import BlockStream
+    from mbq_export.channel_scales import ChannelScales
+    from mbq_export.families.base import LoadedModel
+    from mbq_export.schemes.base import QuantScheme
+
+logger = logging.getLogger(__name__)
+
+CLAMPED_SHARE_NOTED: Final = 1e-3
+ERROR_DIGITS: Final = 6
+_TORCH_DTYPES: Final = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounding:
+    """How linears become codes.
+
+    Attributes:
+        scheme: Number format; None keeps them as they are.
+        group_size: Columns that share a scale.
+        compat: Use the published rule, in the dtype that the weight has in the model's files.
+    """
+
+    scheme: QuantScheme | None
+    group_size: int
+    compat: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedBlock:
+    """What a checkpoint stores of one block.
+
+    Attributes:
+        tensors: By full name.
+        linears: One row for `mbq.json` per quantized linear, in model order.
+        sha256: Hash of the block's weights as they were before folding.
+    """
+
+    tensors: Mapping[str, NDArray[Any]]
+    linears: tuple[Mapping[str, Any], ...]
+    sha256: str
+
+    @property
+    def error(self) -> float:
+        """Largest relative error of a linear, 0 without any."""
+        return max((row["error"]["weight"] for row in self.linears), default=0.0)
+
+
+def quantize_block(
+    model: LoadedModel, stream: BlockStream, index: int, scales: ChannelScales, rounding: Rounding
+) -> QuantizedBlock:
+    """Fold a block's channel scales and round its linears, in float32 whatever the model's dtype.
+
+    Raises:
+        FormatError: E4110 or E4112 naming the tensor, E4314 for a scale that does not fit.
+    """
+    family = model.family
+    path = f"{family.blocks}.{index}"
+    tensors: dict[str, NDArray[Any]] = {}
+    rows: list[dict[str, Any]] = []
+    with stream.block(index) as block:
+        block.float()
+        before = {f"{path}.{name}": tensor for name, tensor in block.state_dict().items()}
+        check_finite(before)
+        digest = content_hash(before)
+        with located(path):
+            fold(block, scales.of_block(index), smooth=family.smooth, text=model.text)
+        folded = {f"{path}.{name}": tensor for name, tensor in block.state_dict().items()}
+        if rounding.scheme is not None:
+            for linear in family.linears:
+                name = f"{path}.{linear}"
+                weight = folded.pop(f"{name}.weight")
+                with located(name):
+                    codes = _rounded(weight, rounding, stored=_stored_dtype(model, name))
+                    rows.append(
+                        {
+                            "name": name,
+                            "n": weight.shape[0],
+                            "k": weight.shape[1],
+                            "scheme": rounding.scheme.name,
+                            "group_size": rounding.group_size,
+                            "bias": f"{name}.bias" in folded,
+                            "alpha": _alpha(model, scales, index, linear),
+                            "error": {"weight": relative_error(codes, weight)},
+                            "clamped_scales": codes.clamped,
+                        }
+                    )
+                    note_zeros(name, weight, codes)
+                tensors |= _packed(name, codes, bits=rounding.scheme.weight_bits)
+        tensors |= {name: exact(tensor, model, name) for name, tensor in folded.items()}
+    return QuantizedBlock(tensors=tensors, linears=tuple(rows), sha256=digest)
+
+
+def exact(tensor: Tensor, model: LoadedModel, name: str) -> NDArray[Any]:
+    """A tensor as it is stored: in the dtype of the model's files if that holds its value, else float32.
+
+    Args:
+        tensor: Any shape, any floating dtype.
+        model: Its files know the dtype.
+        name: Module path of the tensor.
+    """
+    values: NDArray[np.float32] = tensor.detach().float().cpu().numpy()
+    dtype = DTYPES[model.weights.entry(name).dtype] if name in model.weights.names else None
+    if dtype in {DTYPES["F16"], BFLOAT16}:
+        with np.errstate(over="ignore"):
+            narrow = values.astype(dtype)
+        if np.array_equal(narrow.astype(np.float32), values):
+            return narrow
+    return values
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Raises:
+        FormatError: E4110, naming the tensor, how many values are bad, and the first of them.
+    """
+    for name, tensor in tensors.items():
+        bad = ~torch.isfinite(tensor)
+        if bool(bad.any()):
+            first = bad.nonzero()[0].tolist()
+            raise FormatError(
+                "E4110",
+                f"{int(bad.sum())} of {tensor.numel()} values of {name} are not finite.",
+                why=f"the first is at {first}; a NaN or infinite weight has no code",
+                fix="check the checkpoint: mbq-export inspect MODEL",
+            )
+
+
+def content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and float32 values: equal for equal weights, however they are stored."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
+        digest.update(np.ascontiguousarray(tensors[name].detach().float().cpu().numpy()).data)
+    return digest.hexdigest()
+
+
+def relative_error(codes: Codes, weight: Tensor) -> float:
+    """Frobenius norm of rounding's change over that of the folded weight, six digits.
+
+    Folded, a column weighs by its channel scale, as it does in what the linear computes. Summed by numpy
+    in one thread, so that the number of threads does not show in the last digits.
+    """
+    change = (dequantize(codes) - weight.float()).numpy().astype(np.float64)
+    size = float(np.square(weight.float().numpy().astype(np.float64)).sum())
+    ratio = float(np.sqrt(np.square(change).sum() / size)) if size else 0.0
+    return float(f"{ratio:.{ERROR_DIGITS}g}")
+
+
+def note_zeros(name: str, weight: Tensor, codes: Codes) -> None:
+    """Warn of weights that are zero where they should not be (W4111)."""
+    found = {
+        "input channels are dead": int((weight == 0).all(0).sum()),
+        "rows are constant": int((weight.amax(1) == weight.amin(1)).sum()),
+        "groups are smaller than a scale can be": (
+            codes.clamped if codes.clamped > CLAMPED_SHARE_NOTED * codes.scales.numel() else 0
+        ),
+    }
+    if bool((weight == 0).all()):
+        logger.warning("MBQ-W4111: all weights of %s are zero", name)
+    elif any(found.values()):
+        counts = ", ".join(f"{count} {what}" for what, count in found.items() if count)
+        logger.warning("MBQ-W4111: %s: %s", name, counts)
+
+
+def _rounded(weight: Tensor, rounding: Rounding, *, stored: torch.dtype) -> Codes:
+    assert rounding.scheme is not None  # the caller's condition
+    codes = round_to_codes(
+        weight.to(stored) if rounding.compat else weight,
+        scheme=rounding.scheme,
+        group_size=rounding.group_size,
+        compat=rounding.compat,
+    )
+    scales = codes.scales.to(torch.float16)
+    changed = int((scales.float() != codes.scales.float()).sum())
+    if changed:
+        logger.info("%d of %d scales were rounded to fp16", changed, scales.numel())
+    return Codes(codes=codes.codes, scales=scales, zeros=codes.zeros, clamped=codes.clamped)
+
+
+def _packed(name: str, codes: Codes, *, bits: int) -> dict[str, NDArray[Any]]:
+    words = pack(codes.codes.numpy(), bits=bits)
+    return {
+        f"{name}.qweight": words.view(np.int32),
+        f"{name}.scales": codes.scales.numpy(),
+        f"{name}.zeros": codes.zeros.numpy(),
+    }
+
+
+def _stored_dtype(model: LoadedModel, linear: str) -> torch.dtype:
+    return _TORCH_DTYPES[model.weights.entry(f"{linear}.weight").dtype]
+
+
+def _alpha(model: LoadedModel, scales: ChannelScales, index: int, linear: str) -> float | None:
+    """The exponent that the search chose for the unit of a linear, None if it was left as it is."""
+    unit = next((place.unit for place in model.family.smooth if linear in place.into), None)
+    for row in scales.calib.get("units", ()):
+        if row["layer"] == index and row["unit"] == unit:
+            alpha: float | None = row["alpha"]
+            return alpha
+    return None
