@@ -7,5 +7,18 @@ FAMILIES = Folder(
     package=__name__,
     constant="FAMILY",
     kind=ModelFamily,
-    shared=frozenset({"base", "inputs", "locate", "weights"}),
+    shared=frozenset(
+        {
+            "anyres",
+            "base",
+            "chat",
+            "fields",
+            "inputs",
+            "loading",
+            "locate",
+            "pictures",
+            "processor_files",
+            "weights",
+        }
+    ),
 )

@@ -7,18 +7,15 @@
 Everything that other stages know about a model is here; no stage branches on a family's name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
 
     from mbq_export.families.inputs import Processor
@@ -146,7 +143,7 @@ class Load(Protocol):
 
     def __call__(
         self, folder: Path, *, dtype: str = "float32", meta_blocks: bool = False
-    ) -> LoadedModel:
+    ) -> "LoadedModel":
         """Check every file first, then build the model in eval mode without gradients.
 
         Args:
@@ -244,7 +241,7 @@ class ModelFamily:
     vision_shape: Callable[[Config], VisionShape]
     load: Load
     token_masks: TokenMasks
-    vision_module: Callable[[LoadedModel], nn.Module]
+    vision_module: Callable[["LoadedModel"], "nn.Module"]
     merge_images: MergeImages
 
     def linear_path(self, block: int, linear: str) -> str:
@@ -272,9 +269,9 @@ class LoadedModel:
     config: Config
     text: TextShape
     vision: VisionShape
-    module: nn.Module
-    processor: Processor
-    weights: SourceWeights
+    module: "nn.Module"
+    processor: "Processor"
+    weights: "SourceWeights"
 
     @property
     def image_token_id(self) -> int:
