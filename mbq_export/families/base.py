@@ -142,7 +142,12 @@ class Load(Protocol):
     """Read a model folder."""
 
     def __call__(
-        self, folder: Path, *, dtype: str = "float32", meta_blocks: bool = False
+        self,
+        folder: Path,
+        *,
+        dtype: str = "float32",
+        meta_blocks: bool = False,
+        weights: "SourceWeights | None" = None,
     ) -> "LoadedModel":
         """Check every file first, then build the model in eval mode without gradients.
 
@@ -151,6 +156,8 @@ class Load(Protocol):
             dtype: "float32", "float16" or "bfloat16"; weights are cast while they are read.
             meta_blocks: Leave the decoder blocks on the meta device, for streaming them one at a
                 time from `LoadedModel.weights`; everything else is loaded.
+            weights: Read tensors from here, not from the folder's own files: a quantized checkpoint that
+                dequantizes while it is read.
 
         Raises:
             FormatError: E40xx for the config, E41xx for weights, E42xx for the processor files.

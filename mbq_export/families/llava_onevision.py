@@ -39,6 +39,7 @@ from mbq_export.families.loading import (
     refuse_quantized,
 )
 from mbq_export.families.locate import read_config
+from mbq_export.families.weights import SourceWeights
 
 if TYPE_CHECKING:
     import torch
@@ -143,6 +144,7 @@ def load(
     dtype: str = "float32",
     meta_blocks: bool = False,
     ignore_extra: Sequence[str] = (),
+    weights: SourceWeights | None = None,
 ) -> LoadedModel:
     """Read a model folder; see `base.Load`.
 
@@ -151,6 +153,7 @@ def load(
         dtype: One of "float32", "float16", "bfloat16".
         meta_blocks: Leave the decoder blocks on the meta device.
         ignore_extra: Regular expressions of stored tensors that may be ignored.
+        weights: Read tensors from here, not from the folder's own files.
 
     Raises:
         FormatError: E40xx for the config, E41xx for weights, E42xx for the processor files.
@@ -165,7 +168,8 @@ def load(
         )
     with located(folder.name):
         config = read_config(folder)
-        refuse_quantized(folder, config)
+        if weights is None:
+            refuse_quantized(folder, config)
         text, vision = text_shape(config), vision_shape(config)
         from transformers import LlavaOnevisionConfig
 
@@ -176,6 +180,7 @@ def load(
             family=FAMILY,
             renames=RENAMES,
             harmless=(*HARMLESS, *ignore_extra),
+            weights=weights,
         )
         processor = Processor.from_folder(folder, FAMILY)
         materialise(

@@ -70,13 +70,14 @@ def checked_weights(
     family: ModelFamily,
     renames: Renames,
     harmless: Sequence[str],
+    weights: SourceWeights | None = None,
 ) -> SourceWeights:
-    """Open the weight files and compare them with the model they should fill.
+    """Open the weight files, unless weights are given, and compare them with the model they should fill.
 
     Raises:
         FormatError: E41xx.
     """
-    weights = SourceWeights.open(folder, renames=renames)
+    weights = SourceWeights.open(folder, renames=renames) if weights is None else weights
     tied = _tied_head(module, family)
     expected = {
         name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if name != tied
