@@ -265,4 +265,4 @@ def _digit_mask(ink: NDArray[np.uint8], *, turn: float, scale: float) -> Mask:
 
 
 def _coverage(image: Image.Image) -> Mask:
-    return np.asarray(image, np.float32) / 255
+    return np.asarray(image, np.float32) / np.float32(255)
