@@ -8,14 +8,16 @@ Sources: "LLaVA-OneVision: Easy Visual Task Transfer", sections 3.1 and 3.2; tra
 ``modeling_llava_onevision.py``, which the tests compare with, number for number.
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 
-from mbq_export.errors import UsageError, located
+from mbq_export.errors import FormatError, UsageError, located
 from mbq_export.families.anyres import AnyResolution, pack_grid
 from mbq_export.families.base import (
     ANSWER,
@@ -36,6 +38,7 @@ from mbq_export.families.loading import (
     checked_weights,
     empty_module,
     materialise,
+    read_generation_config,
     refuse_quantized,
 )
 from mbq_export.families.locate import read_config
@@ -44,6 +47,7 @@ from mbq_export.families.weights import SourceWeights
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import LlavaOnevisionConfig
 
 NAME: Final = "llava_onevision"
 ARCHITECTURE: Final = "LlavaOnevisionForConditionalGeneration"
@@ -171,9 +175,7 @@ def load(
         if weights is None:
             refuse_quantized(folder, config)
         text, vision = text_shape(config), vision_shape(config)
-        from transformers import LlavaOnevisionConfig
-
-        module = empty_module(LlavaOnevisionConfig.from_dict(dict(config)), ARCHITECTURE)
+        module = empty_module(_native_config(config), architecture=ARCHITECTURE, dtype=dtype)
         weights = checked_weights(
             folder,
             module,
@@ -183,13 +185,8 @@ def load(
             weights=weights,
         )
         processor = Processor.from_folder(folder, FAMILY)
-        materialise(
-            module,
-            weights,
-            family=FAMILY,
-            dtype=dtype,
-            skip=FAMILY.blocks if meta_blocks else "",
-        )
+        materialise(module, weights, family=FAMILY, skip=FAMILY.blocks if meta_blocks else "")
+        read_generation_config(folder, module)
     return LoadedModel(
         family=FAMILY,
         folder=folder,
@@ -200,6 +197,25 @@ def load(
         processor=processor,
         weights=weights,
     )
+
+
+def _native_config(config: Config) -> "LlavaOnevisionConfig":
+    """Hand a checked config to transformers, which may refuse fields we do not read.
+
+    Raises:
+        FormatError: E4003.
+    """
+    from transformers import LlavaOnevisionConfig
+
+    try:
+        return LlavaOnevisionConfig.from_dict(copy.deepcopy(dict(config)))
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise FormatError(
+            "E4003",
+            f"config.json is refused by transformers: {str(error).splitlines()[0][:200]}.",
+            why="its classes read more fields than we do",
+            fix="download config.json again",
+        ) from error
 
 
 def token_masks(

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Final
 
 from mbq_export.errors import FormatError
 from mbq_export.families.base import Config, ModelFamily
+from mbq_export.families.processor_files import GENERATION
 from mbq_export.families.weights import Renames, SourceWeights, compare, shortened
+from mbq_export.reading import contained, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -53,14 +55,14 @@ def refuse_quantized(folder: Path, config: Config) -> None:
     )
 
 
-def empty_module(config: "PreTrainedConfig", architecture: str) -> "PreTrainedModel":
-    """Build a transformers model on the meta device: names and shapes, no storage."""
+def empty_module(config: "PreTrainedConfig", *, architecture: str, dtype: str) -> "PreTrainedModel":
+    """Build a transformers model on the meta device: names, shapes and dtype, no storage."""
     import torch
     import transformers
 
     with torch.device("meta"):
         module: PreTrainedModel = getattr(transformers, architecture)(config)
-    return module.eval().requires_grad_(requires_grad=False)
+    return module.to(getattr(torch, dtype)).eval().requires_grad_(requires_grad=False)
 
 
 def checked_weights(
@@ -97,27 +99,24 @@ def materialise(
     weights: SourceWeights,
     *,
     family: ModelFamily,
-    dtype: str,
     skip: str = "",
 ) -> None:
     """Read the weights into a model from `empty_module`.
 
     Args:
-        module: Changed in place.
+        module: Changed in place; its parameters' dtype is what tensors are cast to.
         weights: Checked files.
         family: Says which tensors are tied.
-        dtype: One of `DTYPES`.
         skip: Module path whose parameters stay on the meta device.
     """
     import torch
 
-    wanted = getattr(torch, dtype)
     tied = _tied_head(module, family)
-    for name in module.state_dict():
+    for name, empty in module.state_dict().items():
         if name == tied or (skip and name.startswith(skip + ".")):
             continue
         owner, _, leaf = name.rpartition(".")
-        tensor = weights.read(name, dtype=wanted)
+        tensor = weights.read(name, dtype=empty.dtype)
         setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
     _restore_buffers(module)
     if tied:
@@ -154,3 +153,25 @@ def _restore_buffers(module: "PreTrainedModel") -> None:
         filled = type(owner)(owner.config)
         for name, buffer in filled.named_buffers(recurse=False):
             setattr(owner, name, buffer)
+
+
+def read_generation_config(folder: Path, module: "PreTrainedModel") -> None:
+    """Give the model the settings of generation_config.json, if there is one.
+
+    Raises:
+        FormatError: E4002 for bad JSON or settings that transformers refuses.
+    """
+    from transformers import GenerationConfig
+
+    if not (folder / GENERATION).exists():
+        return
+    found = read_json(contained(folder, GENERATION, code="E4105"))
+    try:
+        module.generation_config = GenerationConfig.from_dict(found)
+    except (TypeError, ValueError) as error:
+        raise FormatError(
+            "E4002",
+            f"{GENERATION} is refused: {str(error).splitlines()[0][:200]}.",
+            why="transformers checks its fields",
+            fix=f"download {GENERATION} again, or remove it",
+        ) from error
