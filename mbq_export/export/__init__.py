@@ -1,8 +1,8 @@
 """Stage 3, export: a quantized checkpoint becomes ONNX graphs.
 
-    QuantCheckpoint ── decoder.py ── passes ── lowering ──► decoder_model_merged_<variant>.onnx
-                    ├─ embed.py ───────────────────────────► embed_tokens.onnx
-                    └─ vision.py (traced) ─────────────────► vision_encoder.onnx
+QuantCheckpoint ── decoder.py ── passes ── lowering ──► decoder_model_merged_<variant>.onnx
+                ├─ embed.py ───────────────────────────► embed_tokens.onnx
+                └─ vision.py (traced) ─────────────────► vision_encoder.onnx
 """
 
 from __future__ import annotations

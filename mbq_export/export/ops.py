@@ -19,10 +19,12 @@ Names of values that tools may rely on (`evaluate` taps them), for decoder block
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 import onnx
 from onnx.defs import OpSchema
+
+from mbq_export.errors import UsageError
 
 DOMAIN: Final = "mbq"
 DOMAIN_VERSION: Final = 1
@@ -78,6 +80,23 @@ OPS: Final = {
     "w4a16": LinearOp(name="W4A16Linear", bits=4),
 }
 """Operator of every scheme that has one."""
+
+
+def op_of_bits(bits: int) -> LinearOp:
+    """The operator of weight-only codes of a width.
+
+    Raises:
+        UsageError: E2005 if no operator has that width.
+    """
+    for op in OPS.values():
+        if op.bits == bits:
+            return op
+    raise UsageError(
+        "E2005",
+        f"No operator holds weights of {bits} bits.",
+        why=f"known: {', '.join(f'{op.name} ({op.bits} bits)' for op in OPS.values())}",
+        fix=("--wbits 3", "--wbits 4"),
+    )
 
 
 def op_named(name: str) -> LinearOp | None:
@@ -158,7 +177,8 @@ def _schema(op: LinearOp) -> OpSchema:
 def _infer(context: onnx.shape_inference.InferenceContext) -> None:
     """Copy x's type; its last axis becomes N."""
     output = onnx.TypeProto()
-    x = context.get_input_type(0)
+    # None where an operator of another domain computes x, whatever the stubs say.
+    x = cast("onnx.TypeProto | None", context.get_input_type(0))
     if x is None:
         return
     output.CopyFrom(x)
