@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mbq_export.calibrate.shapes import Scene
 from mbq_export.calibrate.shapes_questions import CAPTION, Question
+from mbq_export.evaluate.tasks import bootstrap_ci
 
 IGNORED: Final = -100
 """Label of positions without a wanted token."""
@@ -218,6 +219,11 @@ def _answer(model: Any, scenes: Sequence[Scene], encode: Encode) -> list[Outcome
     pixels = pixels_from_images(np.stack([scene.image for scene in scenes]))
     asked = [scene.questions for scene in scenes]
     logits, rows = answer_logits(model, asked, vision_states(model, pixels), encode)
+    return outcomes_of(scenes, logits, rows)
+
+
+def outcomes_of(scenes: Sequence[Scene], logits: Tensor, rows: Rows) -> list[Outcome]:
+    """Read off what logits from `answer_logits` make of every question."""
     wanted = rows.labels != IGNORED
     right = (logits.argmax(-1) == rows.labels) | ~wanted
     losses = torch.nn.functional.cross_entropy(
@@ -257,7 +263,7 @@ class Accuracy:
     by_kind: Mapping[str, tuple[float, int]]
 
 
-def accuracy(outcomes: Iterable[Outcome], *, draws: int = 2000) -> Accuracy:
+def accuracy(outcomes: Sequence[Outcome], *, draws: int = 2000) -> Accuracy:
     """Summarise answers; the interval resamples scenes, since questions of one scene correlate.
 
     Args:
@@ -265,19 +271,14 @@ def accuracy(outcomes: Iterable[Outcome], *, draws: int = 2000) -> Accuracy:
         draws: Bootstrap draws, from a fixed stream.
     """
     by_kind: dict[str, list[bool]] = defaultdict(list)
-    by_scene: dict[int, list[bool]] = defaultdict(list)
     for outcome in outcomes:
         by_kind[outcome.question.kind].append(outcome.correct)
-        if outcome.question.kind != CAPTION:
-            by_scene[outcome.scene].append(outcome.correct)
-    hits = np.array([sum(marks) for marks in by_scene.values()])
-    asked = np.array([len(marks) for marks in by_scene.values()])
-    drawn = np.random.RandomState(0).randint(0, len(hits), (draws, len(hits)))
-    low, high = np.percentile(hits[drawn].sum(1) / asked[drawn].sum(1), (2.5, 97.5))
+    asked = [outcome for outcome in outcomes if outcome.question.kind != CAPTION]
+    share = bootstrap_ci([o.correct for o in asked], [o.scene for o in asked], draws=draws)
     return Accuracy(
-        exact_match=float(hits.sum() / asked.sum()),
-        low=float(low),
-        high=float(high),
-        questions=int(asked.sum()),
+        exact_match=share.value,
+        low=share.low,
+        high=share.high,
+        questions=share.n,
         by_kind={k: (float(np.mean(marks)), len(marks)) for k, marks in sorted(by_kind.items())},
     )
