@@ -1,29 +1,84 @@
 """Keys and values of the tokens seen so far, fed to the decoder and taken back after every call.
 
-    concat   past (1, H, P, D)  + T new   ──►  present (1, H, P + T, D)      grows; what ONNX Runtime reads
-    static   past (1, H, C, D), write at P ──► present (1, H, C, D)          C slots from the start
+    concat   past (1, H, P, D) + T new tokens  ──►  present (1, H, P + T, D)   grows
+    static   past (1, H, C, D), write at P     ──►  present (1, H, C, D)       C slots from the start
 
-Which of the two a graph wants is read off its inputs: only static graphs have ``write_indices``. Both give
-the same logits (EXPORT.md 4.3); keys are stored after the rotation.
+Which of the two a graph wants is read off its inputs: only static ones take indices to write at. Both give
+the same logits (EXPORT.md 4.3). Keys are stored after their rotation.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_export.backends.base import TensorSpec
+from mbq_export.backends.base import Engine, TensorSpec
 from mbq_export.errors import FormatError, UsageError
 
-PAST: Final = "past_key_values."
-PRESENT: Final = "present."
-WRITE_INDICES: Final = "write_indices"
-MASK: Final = "attention_mask"
-POSITIONS: Final = "position_ids"
-EMBEDS: Final = "inputs_embeds"
-LOGITS: Final = "logits"
+FIRST_INPUTS: Final = 3
+CACHE_RANK: Final = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderPorts:
+    """A decoder's inputs and outputs, told apart by their order, which every decoder keeps (EXPORT.md 3.2).
+
+        inputs    embeddings, mask, positions, [write indices,] key 0, value 0, key 1, ...
+        outputs   logits, key 0, value 0, key 1, ...
+
+    Attributes:
+        embeds: (1, T, hidden) embeddings of the new tokens.
+        mask: (1, positions) int64, 1 where a key exists.
+        positions: (1, T) int64.
+        write_indices: (1,) int64, the first free slot; None in concat mode.
+        past: Cache inputs.
+        logits: (1, T or 1, V).
+        present: Cache outputs, in the order of ``past``.
+    """
+
+    embeds: TensorSpec
+    mask: TensorSpec
+    positions: TensorSpec
+    write_indices: TensorSpec | None
+    past: tuple[TensorSpec, ...]
+    logits: TensorSpec
+    present: tuple[TensorSpec, ...]
+
+    @classmethod
+    def of(cls, decoder: Engine) -> Self:
+        """Sort a decoder's ports.
+
+        Raises:
+            FormatError: E4413 if they are not a decoder's.
+        """
+        inputs, outputs = decoder.inputs, decoder.outputs
+        indices = [spec for spec in inputs[FIRST_INPUTS:] if len(spec.shape) == 1]
+        past = inputs[FIRST_INPUTS + len(indices) :]
+        caches = (*past, *outputs[1:])
+        if (
+            not past
+            or len(indices) > 1
+            or len(past) != len(outputs) - 1
+            or any(not _is_cache(spec, static=bool(indices)) for spec in caches)
+        ):
+            raise FormatError(
+                "E4413",
+                "A decoder graph has other inputs or outputs than decoders have.",
+                why=f"found {_names(inputs)} to {_names(outputs)}; a decoder takes embeddings, mask, "
+                "positions and one cache tensor per key and value, and returns logits and the caches",
+                fix="export the model again",
+            )
+        embeds, mask, positions = inputs[:FIRST_INPUTS]
+        return cls(
+            embeds=embeds,
+            mask=mask,
+            positions=positions,
+            write_indices=indices[0] if indices else None,
+            past=past,
+            logits=outputs[0],
+            present=outputs[1:],
+        )
 
 
 @dataclass(kw_only=True)
@@ -31,100 +86,96 @@ class KvCache:
     """The cache of one sequence, batch 1.
 
     Attributes:
-        tensors: Input name -> (1, H, P, D) or (1, H, capacity, D).
-        capacity: Slots of a static cache; None if the cache grows.
+        ports: The decoder it belongs to.
         limit: Positions the model may use in all.
         length: Positions filled so far, P.
+        tensors: One per cache input, (1, H, P, D) or (1, H, C, D).
     """
 
-    tensors: dict[str, NDArray[Any]]
-    capacity: int | None
+    ports: DecoderPorts
     limit: int
-    length: int = field(default=0)
+    length: int = 0
+    tensors: tuple[NDArray[Any], ...] = field(default=())
 
-    @classmethod
-    def empty(cls, inputs: Sequence[TensorSpec], *, limit: int) -> Self:
-        """Make an empty cache for a decoder.
+    def __post_init__(self) -> None:
+        """Make the tensors of an empty cache; a static one cannot hold more than its slots."""
+        self.tensors = tuple(
+            np.zeros((1, *(0 if isinstance(n, str) else n for n in spec.shape[1:])), spec.dtype)
+            for spec in self.ports.past
+        )
+        if self.static:
+            self.limit = min(self.limit, self.slots)
+
+    @property
+    def static(self) -> bool:
+        """Whether the cache has all its slots from the start."""
+        return self.ports.write_indices is not None
+
+    @property
+    def slots(self) -> int:
+        """Positions the tensors have room for."""
+        return int(self.tensors[0].shape[2])
+
+    def feeds(self, embeds: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Return everything a call over new tokens takes.
 
         Args:
-            inputs: The decoder's inputs.
-            limit: Positions the model may use in all; a static cache lowers it to its slots.
+            embeds: (1, T, hidden) embeddings of the new tokens.
 
         Raises:
-            FormatError: E4409 if the graph has no cache, or its sizes are not those of one.
+            UsageError: E2009 if there are not T positions left.
         """
-        caches = [spec for spec in inputs if spec.name.startswith(PAST)]
-        static = any(spec.name == WRITE_INDICES for spec in inputs)
-        if not caches:
-            raise _no_cache(f"has inputs {', '.join(spec.name for spec in inputs)}")
-        tensors = {}
-        capacity = None
-        for spec in caches:
-            heads, slots, width = (*spec.shape, 0, 0, 0, 0)[1:4]
-            if len(spec.shape) != 4 or isinstance(heads, str) or isinstance(width, str):
-                raise _no_cache(f"has {spec.name} of shape {list(spec.shape)}")
-            if static:
-                if isinstance(slots, str):
-                    raise _no_cache(f"writes into {spec.name}, whose slots are {slots!r}")
-                capacity = slots
-            tensors[spec.name] = np.zeros((1, heads, capacity or 0, width), spec.dtype)
-        return cls(tensors=tensors, capacity=capacity, limit=min(limit, capacity or limit))
-
-    def feeds(self, count: int) -> dict[str, NDArray[Any]]:
-        """Return everything a call over ``count`` new tokens needs beside their embeddings.
-
-        Raises:
-            UsageError: E2009 if they do not fit.
-        """
-        self.check(count)
-        end = self.length + count
-        mask = np.zeros((1, self.capacity or end), np.int64)
+        end = self.length + embeds.shape[1]
+        self.check(end)
+        mask = np.zeros((1, self.slots if self.static else end), np.int64)
         mask[:, :end] = 1
         feeds = {
-            MASK: mask,
-            POSITIONS: np.arange(self.length, end, dtype=np.int64)[None],
-            **self.tensors,
+            self.ports.embeds.name: embeds,
+            self.ports.mask.name: mask,
+            self.ports.positions.name: np.arange(self.length, end, dtype=np.int64)[None],
         }
-        if self.capacity is not None:
-            feeds[WRITE_INDICES] = np.array([self.length], np.int64)
+        if self.ports.write_indices is not None:
+            feeds[self.ports.write_indices.name] = np.array([self.length], np.int64)
+        for spec, tensor in zip(self.ports.past, self.tensors, strict=True):
+            feeds[spec.name] = tensor
         return feeds
 
-    def take(self, outputs: Mapping[str, NDArray[Any]], count: int) -> None:
+    def take(self, outputs: dict[str, NDArray[Any]], count: int) -> None:
         """Keep what a call over ``count`` new tokens returned."""
-        for name in self.tensors:
-            self.tensors[name] = outputs[PRESENT + name.removeprefix(PAST)]
+        self.tensors = tuple(outputs[spec.name] for spec in self.ports.present)
         self.length += count
 
-    def check(self, count: int) -> None:
-        """Refuse more tokens than the model has positions for.
+    def check(self, need: int) -> None:
+        """Refuse more positions than the model has.
 
         Raises:
             UsageError: E2009, naming the limit and the need.
         """
-        need = self.length + count
         if need > self.limit:
             raise UsageError(
                 "E2009",
-                f"{need} positions are needed, the bundle allows {self.limit}.",
+                f"The request needs {need} positions, the bundle allows {self.limit}.",
                 why="prompt, visual tokens and new tokens share the context",
                 fix=(
-                    "use a lower --max-new-tokens, fewer images or a shorter prompt",
+                    "lower --max-new-tokens, shorten the prompt or give fewer pictures",
                     f"mbq-export build --max-context {need}, if the model was trained for it",
                 ),
                 context={"limit": self.limit, "need": need},
             )
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that a call over one new token reads: the filled part only."""
-        total = sum(tensor.nbytes for tensor in self.tensors.values())
-        return total if self.capacity is None else total * self.length // self.capacity
+    def filled_bytes(self) -> int:
+        """Bytes of the filled positions: what attention to all of them reads."""
+        return sum(tensor.nbytes for tensor in self.tensors) * self.length // max(self.slots, 1)
 
 
-def _no_cache(found: str) -> FormatError:
-    return FormatError(
-        "E4409",
-        f"The decoder graph {found}.",
-        why=f"a decoder has inputs {PAST}N.key and .value of shape [batch, heads, past, width]",
-        fix="export the model again",
-    )
+def _is_cache(spec: TensorSpec, *, static: bool) -> bool:
+    """Whether a port is (batch, heads, positions, width); a static cache knows its positions."""
+    if len(spec.shape) != CACHE_RANK:
+        return False
+    _, heads, slots, width = spec.shape
+    return isinstance(heads, int) and isinstance(width, int) and isinstance(slots, int) is static
+
+
+def _names(specs: tuple[TensorSpec, ...]) -> str:
+    return ", ".join(spec.name for spec in specs)

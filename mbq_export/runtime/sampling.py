@@ -90,12 +90,13 @@ def nucleus(logits: NDArray[Any], temperature: float, top_p: float) -> NDArray[n
         (V,) float64, sum 1: the smallest set of most likely tokens whose probability reaches ``top_p``.
     """
     scaled = logits.astype(np.float64) / temperature
-    probabilities = np.exp(scaled - scaled.max())
+    probabilities: NDArray[np.float64] = np.exp(scaled - scaled.max())
     probabilities /= probabilities.sum()
     order = np.argsort(-probabilities, kind="stable")
     before = np.cumsum(probabilities[order]) - probabilities[order]
     probabilities[order[before >= top_p]] = 0.0
-    return probabilities / probabilities.sum()
+    probabilities /= probabilities.sum()
+    return probabilities
 
 
 def check_finite(logits: NDArray[Any]) -> None:
