@@ -13,9 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, Self
 
-import numpy as np
 from numpy.typing import NDArray
 
+from mbq_export.backends._feeds import checked_feeds
 from mbq_export.backends.base import Availability, Backend, TensorSpec
 from mbq_export.errors import BuildError, FormatError, MachineError, MbqError, ResourceError
 
@@ -169,37 +169,6 @@ def open_graph(
     return OrtEngine(session, name=path.name)
 
 
-def checked_feeds(
-    specs: Sequence[TensorSpec], feeds: Mapping[str, NDArray[Any]], *, name: str
-) -> dict[str, NDArray[Any]]:
-    """Compare feeds with what a graph wants; cast floats to its float type.
-
-    Raises:
-        FormatError: E4102, naming the tensor, what was found and what is expected.
-    """
-    unknown = sorted(set(feeds) - {spec.name for spec in specs})
-    if unknown:
-        raise _misfit(
-            name, unknown[0], "given", f"inputs: {', '.join(spec.name for spec in specs)}"
-        )
-    checked = {}
-    for spec in specs:
-        if spec.name not in feeds:
-            raise _misfit(name, spec.name, "missing", f"{spec.dtype} {list(spec.shape)}")
-        value = feeds[spec.name]
-        fits = len(value.shape) == len(spec.shape) and all(
-            isinstance(size, str) or size == found
-            for size, found in zip(spec.shape, value.shape, strict=True)
-        )
-        if value.dtype != spec.dtype:
-            fits &= value.dtype.kind == "f" and np.dtype(spec.dtype).kind == "f"
-        if not fits:
-            found = f"{value.dtype} {list(value.shape)}"
-            raise _misfit(name, spec.name, found, f"{spec.dtype} {list(spec.shape)}")
-        checked[spec.name] = value.astype(spec.dtype, copy=False)
-    return checked
-
-
 def default_providers(offered: Sequence[str]) -> tuple[str, ...]:
     """Return CUDA before the CPU where this package offers it and a device is present, else the CPU."""
     device = any(Path(name).exists() for name in DEVICE_FILES)
@@ -314,15 +283,6 @@ def _no_provider(name: str, found: str) -> MachineError:
         f"ONNX Runtime cannot use {name}: {found}.",
         why="what was asked for is never replaced by something else",
         fix=(f"{INSTALL_GPU} and its CUDA libraries", "mbq-export doctor"),
-    )
-
-
-def _misfit(graph: str, tensor: str, found: str, expected: str) -> FormatError:
-    return FormatError(
-        "E4102",
-        f"Input {tensor} of {graph} is {found}.",
-        why=f"expected {expected}",
-        fix="use the bundle's own processor and graphs together",
     )
 
 
