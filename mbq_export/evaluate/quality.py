@@ -1,0 +1,208 @@
+"""How far a quantized model is from the full-precision one, on thousands of packed questions.
+
+    scenes ── vision tower (once) ──► states ──┬── full precision ──► logits, kept
+                                               └── quantized ───────► logits ──► answers, KL per modality
+
+Trust KL more than accuracy: it separates methods where accuracy is saturated (METHODS 21). A position belongs
+to the modality of the token it stands on, except that those which predict an answer token are the answer's.
+Captions are shown to the models but not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbq_export.calibrate.shapes_questions import CAPTION
+from mbq_export.evaluate.metrics import divergences
+from mbq_export.evaluate.packed import (
+    IGNORED,
+    PADDING,
+    Encode,
+    Outcome,
+    Rows,
+    answer_logits,
+    image_embeddings,
+    outcomes_of,
+    pixels_from_images,
+    vision_states,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from mbq_export.calibrate.shapes import Scene
+
+VISION: Final = "vision"
+PROMPT: Final = "prompt"
+ANSWER: Final = "answer"
+MODALITIES: Final = (ANSWER, VISION, PROMPT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distances:
+    """KL to full precision at every position of one modality.
+
+    Attributes:
+        nats: (P,) KL(full precision || tested).
+        same: (P,) whether both find the same token likeliest.
+        scenes: (P,) number of the scene, the cluster of intervals.
+    """
+
+    nats: NDArray[np.float64]
+    same: NDArray[np.bool_]
+    scenes: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paper:
+    """What one model made of an exam, captions left out.
+
+    Attributes:
+        correct: (n,) whether each question was answered exactly.
+        nll: (n,) mean negative log likelihood of each right answer's tokens, in nats.
+        scenes: (n,) scene of each question.
+        kinds: (n,) kind of each question.
+        distances: By modality.
+    """
+
+    correct: NDArray[np.bool_]
+    nll: NDArray[np.float64]
+    scenes: NDArray[np.int64]
+    kinds: NDArray[np.str_]
+    distances: Mapping[str, Distances]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sheet:
+    """A batch of scenes with what full precision says at their positions."""
+
+    scenes: tuple[Scene, ...]
+    states: Tensor
+    rows: Rows
+    text: Tensor
+    picture: Tensor
+
+
+class Exam:
+    """Questions with the full-precision model's logits, for models that share its vision tower."""
+
+    def __init__(
+        self, model: Any, scenes: Sequence[Scene], encode: Encode, *, batch: int = 50
+    ) -> None:
+        """Run the full-precision model.
+
+        Args:
+            model: A float32 LlavaOnevisionForConditionalGeneration of the sample's layout.
+            scenes: Pictures with questions.
+            encode: Text -> token ids.
+            batch: Pictures at a time.
+        """
+        self._encode = encode
+        self._sheets = [
+            self._sheet(model, tuple(scenes[start : start + batch]))
+            for start in range(0, len(scenes), batch)
+        ]
+
+    @torch.no_grad()
+    def _sheet(self, model: Any, scenes: tuple[Scene, ...]) -> _Sheet:
+        states = vision_states(model, pixels_from_images(np.stack([s.image for s in scenes])))
+        text, rows = answer_logits(model, [s.questions for s in scenes], states, self._encode)
+        return _Sheet(
+            scenes=scenes,
+            states=states,
+            rows=rows,
+            text=text,
+            picture=picture_logits(model, states),
+        )
+
+    @torch.no_grad()
+    def take(self, model: Any) -> Paper:
+        """Ask a model everything.
+
+        Args:
+            model: A model with the same vision tower; a quantized decoder, or the reference itself.
+        """
+        outcomes: list[Outcome] = []
+        parts: dict[str, list[tuple[Tensor, Tensor, NDArray[np.int64]]]] = {
+            modality: [] for modality in MODALITIES
+        }
+        for sheet in self._sheets:
+            asked = [scene.questions for scene in sheet.scenes]
+            text, rows = answer_logits(model, asked, sheet.states, self._encode)
+            outcomes += outcomes_of(sheet.scenes, text, rows)
+            picture = picture_logits(model, sheet.states)
+            numbers = np.array([scene.number for scene in sheet.scenes])
+            masks = text_masks(sheet.scenes, rows)
+            for modality, mask in masks.items():
+                rows_of = np.repeat(numbers, mask.sum(1).numpy())
+                parts[modality].append((sheet.text[mask], text[mask], rows_of))
+            parts[VISION].append(
+                (
+                    sheet.picture.flatten(0, 1),
+                    picture.flatten(0, 1),
+                    np.repeat(numbers, picture.shape[1]),
+                )
+            )
+        return _paper(outcomes, {modality: _distances(found) for modality, found in parts.items()})
+
+
+@torch.no_grad()
+def picture_logits(model: Any, states: Tensor) -> Tensor:
+    """Return the logits at the vision tokens, which see each other only: (B, vision tokens, vocabulary)."""
+    hidden = model.model.language_model(
+        inputs_embeds=image_embeddings(model, states), use_cache=False
+    ).last_hidden_state
+    logits: Tensor = model.lm_head(hidden)
+    return logits
+
+
+def text_masks(scenes: Sequence[Scene], rows: Rows) -> dict[str, Tensor]:
+    """Say which text positions count, captions left out.
+
+    Args:
+        scenes: What the rows were packed from.
+        rows: (B, T).
+
+    Returns:
+        (B, T) masks: ``answer`` where an answer token is predicted, ``prompt`` where a prompt token is.
+    """
+    counted = torch.zeros_like(rows.segments, dtype=torch.bool)
+    for index, scene in enumerate(scenes):
+        for segment, question in enumerate(scene.questions, 1):
+            if question.kind != CAPTION:
+                counted[index] |= rows.segments[index] == segment
+    following = torch.nn.functional.pad(rows.segments[:, 1:], (0, 1), value=PADDING)
+    wanted = rows.labels != IGNORED
+    return {
+        ANSWER: counted & wanted,
+        # The last token of an answer, <eos>, predicts nothing.
+        PROMPT: counted & ~wanted & (following == rows.segments),
+    }
+
+
+def _distances(found: Sequence[tuple[Tensor, Tensor, NDArray[np.int64]]]) -> Distances:
+    reference = torch.cat([part[0] for part in found]).numpy()
+    tested = torch.cat([part[1] for part in found]).numpy()
+    return Distances(
+        nats=divergences(reference, tested),
+        same=reference.argmax(-1) == tested.argmax(-1),
+        scenes=np.concatenate([part[2] for part in found]),
+    )
+
+
+def _paper(outcomes: Sequence[Outcome], distances: Mapping[str, Distances]) -> Paper:
+    counted = [outcome for outcome in outcomes if outcome.question.kind != CAPTION]
+    return Paper(
+        correct=np.array([outcome.correct for outcome in counted]),
+        nll=np.array([outcome.nll for outcome in counted]),
+        scenes=np.array([outcome.scene for outcome in counted]),
+        kinds=np.array([outcome.question.kind for outcome in counted]),
+        distances=distances,
+    )
