@@ -16,8 +16,14 @@ SOURCES = {path: path.read_text() for path in sorted((ROOT / "mbq_export").rglob
 
 
 def test_error_shows_what_where_why_and_what_to_type() -> None:
-    with pytest.raises(errors.UsageError) as caught, errors.located("quantize"), errors.located("layer 3"):
-        raise errors.UsageError("E2004", "Group size 100 does not divide 896.", why="it must", fix="--group-size 64")
+    with (
+        pytest.raises(errors.UsageError) as caught,
+        errors.located("quantize"),
+        errors.located("layer 3"),
+    ):
+        raise errors.UsageError(
+            "E2004", "Group size 100 does not divide 896.", why="it must", fix="--group-size 64"
+        )
     assert str(caught.value) == (
         "MBQ-E2004: Group size 100 does not divide 896.\n"
         "  where   quantize, layer 3\n"
@@ -35,7 +41,9 @@ def test_first_digit_of_a_code_is_the_exit_status(kind: type[errors.MbqError]) -
 
 def test_every_code_used_is_listed_and_every_code_listed_is_used() -> None:
     text = "\n".join(SOURCES.values())
-    used = set(USED.findall(text)) | {code for pair in WARNED.findall(text) for code in pair if code}
+    used = set(USED.findall(text)) | {
+        code for pair in WARNED.findall(text) for code in pair if code
+    }
     assert used == set(CODES)
 
 
@@ -53,5 +61,9 @@ def test_codes_are_sorted() -> None:
 
 
 def test_broad_except_stands_in_one_place_only() -> None:
-    broad = [path.name for path, text in SOURCES.items() if re.search(r"except (Exception|BaseException)\b", text)]
+    broad = [
+        path.name
+        for path, text in SOURCES.items()
+        if re.search(r"except (Exception|BaseException)\b", text)
+    ]
     assert broad == ["console.py"]

@@ -7,7 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "mbq_export").rglob("*.py"))
-MODULES = PACKAGE + sorted((ROOT / "samples").rglob("*.py")) + sorted((ROOT / "tests").rglob("*.py"))
+MODULES = (
+    PACKAGE + sorted((ROOT / "samples").rglob("*.py")) + sorted((ROOT / "tests").rglob("*.py"))
+)
 LONGEST = 400
 LONGER: dict[str, str] = {}  # path -> why it is better in one piece
 EMPTY_NAMES = {"utils", "helpers", "common", "misc", "core"}

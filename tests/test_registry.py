@@ -15,12 +15,18 @@ LAYOUT = Layout(name={name!r}, version=1, pack=None, unpack=None)
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Folder[Layout]:
+def folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Folder[Layout]:
     package = f"package_{abs(hash(request.node.name))}"
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").write_text("")
-    (tmp_path / package / "base.py").write_text("raise RuntimeError('shared modules are not members')")
-    (tmp_path / package / "_private.py").write_text("raise RuntimeError('private modules are not members')")
+    (tmp_path / package / "base.py").write_text(
+        "raise RuntimeError('shared modules are not members')"
+    )
+    (tmp_path / package / "_private.py").write_text(
+        "raise RuntimeError('private modules are not members')"
+    )
     for name in ("beta", "alpha"):
         (tmp_path / package / f"{name}.py").write_text(MEMBER.format(name=name))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -41,7 +47,9 @@ def test_unknown_name_lists_the_known_and_the_nearest(folder: Folder[Layout]) ->
 
 def test_file_without_the_constant_is_named(folder: Folder[Layout], tmp_path: Path) -> None:
     (tmp_path / folder.package / "gamma.py").write_text("")
-    with pytest.raises(InternalError, match=rf"{folder.package}\.gamma has no LAYOUT of type Layout"):
+    with pytest.raises(
+        InternalError, match=rf"{folder.package}\.gamma has no LAYOUT of type Layout"
+    ):
         folder.names()
 
 

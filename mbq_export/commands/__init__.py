@@ -26,7 +26,20 @@ from mbq_export.commands import (
 from mbq_export.commands.console import Console, run_guarded
 from mbq_export.commands.options import GLOBAL_HELP, hoist_globals, take_globals
 
-COMMANDS: Final = (build, calibrate, quantize, export, validate, run, bench, report, inspect, doctor, models, explain)
+COMMANDS: Final = (
+    build,
+    calibrate,
+    quantize,
+    export,
+    validate,
+    run,
+    bench,
+    report,
+    inspect,
+    doctor,
+    models,
+    explain,
+)
 
 PANELS: Final = {
     "build": "Make",

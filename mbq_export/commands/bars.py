@@ -31,7 +31,7 @@ def open_progress(title: str, *, mode: str) -> Iterator[Progress]:
 
 @contextmanager
 def _bar(title: str) -> Iterator[Progress]:
-    from rich.console import Console  # noqa: PLC0415 (not needed for --help)
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 

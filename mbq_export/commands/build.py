@@ -34,7 +34,9 @@ def command(
     ] = None,
     max_context: Annotated[
         int | None,
-        typer.Option("--max-context", help="Longest sequence of the graphs.", min=1, show_default=False),
+        typer.Option(
+            "--max-context", help="Longest sequence of the graphs.", min=1, show_default=False
+        ),
     ] = None,
     require_engine: Annotated[
         bool, typer.Option("--require-engine", help="Fail if an engine cannot be built here.")
@@ -43,7 +45,10 @@ def command(
         float, typer.Option("--engine-timeout", help="Seconds until a hung engine build is ended.")
     ] = 3600.0,
     gate: Annotated[
-        str, typer.Option("--gate", help="on: a failed check ends the build; warn or off need a reason.")
+        str,
+        typer.Option(
+            "--gate", help="on: a failed check ends the build; warn or off need a reason."
+        ),
     ] = "on",
     gate_reason: Annotated[
         str, typer.Option("--gate-reason", help="Lands in the manifest.", show_default=False)
@@ -78,7 +83,7 @@ def command(
         seed=console.seed,
         text_only_ok=text_only_ok,
         skip_bad=skip_bad,
-        online=not console.offline,
+        models=options.models_folder(),
         force=force,
         fresh=fresh,
         gate=gate,
@@ -114,7 +119,12 @@ def _summary(result: Any, out: Path) -> dict[str, Any]:
                 "verified": record.verified,
                 "why": record.reason,
                 "files": {
-                    name: {"bytes": file.size, "sha256": file.sha256, "layers": file.layers, "seconds": file.seconds}
+                    name: {
+                        "bytes": file.size,
+                        "sha256": file.sha256,
+                        "layers": file.layers,
+                        "seconds": file.seconds,
+                    }
                     for name, file in record.engines.items()
                 },
             }

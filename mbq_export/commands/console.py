@@ -43,7 +43,6 @@ class Console:
         debug: Add tracebacks to errors.
         progress_mode: ``auto``, ``bar``, ``plain`` or ``none``.
         seed: Every random choice.
-        offline: Never touch the network.
         resume: Command that continues an interrupted run, if there is one.
     """
 
@@ -53,7 +52,6 @@ class Console:
     debug: bool = False
     progress_mode: str = "auto"
     seed: int = 0
-    offline: bool = True
     resume: str = ""
     command: str = ""
     warnings: list[dict[str, str]] = field(default_factory=list)
@@ -178,7 +176,9 @@ def usage_error(error: typer.TyperException) -> UsageError:
     context = getattr(error, "ctx", None)
     path = "mbq-export" if context is None else context.command_path
     message = error.format_message() if hasattr(error, "format_message") else str(error)
-    return UsageError("E2002", message, why="see the options this command takes", fix=f"{path} --help")
+    return UsageError(
+        "E2002", message, why="see the options this command takes", fix=f"{path} --help"
+    )
 
 
 def table_lines(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -204,7 +204,9 @@ def _interrupted(console: Console) -> int:
     sys.stderr.write("\ninterrupted, finished work is kept\n")
     if console.resume:
         sys.stderr.write(f"resume with: {console.resume}\n")
-    sys.stderr.write(f"FAILED  {console.command or 'mbq-export'}  {EXIT_INTERRUPTED}  interrupted\n")
+    sys.stderr.write(
+        f"FAILED  {console.command or 'mbq-export'}  {EXIT_INTERRUPTED}  interrupted\n"
+    )
     return EXIT_INTERRUPTED
 
 

@@ -1,5 +1,6 @@
 """Options that several commands share, and the ones that stand before or after the command's name."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -7,13 +8,10 @@ import typer
 
 from mbq_export.commands.console import Console
 
-GLOBAL_FLAGS: Final = frozenset(
-    {"--json", "-q", "--quiet", "-v", "-vv", "--verbose", "--debug", "--offline", "--online"}
-)
+GLOBAL_FLAGS: Final = frozenset({"--json", "-q", "--quiet", "-v", "-vv", "--verbose", "--debug"})
 GLOBAL_VALUES: Final = frozenset({"--seed", "--progress"})
 GLOBAL_HELP: Final = (
-    "Also anywhere: --json, -q/--quiet, -v/-vv, --progress auto|bar|plain|none, --seed N, "
-    "--offline/--online, --debug."
+    "Also anywhere: --json, -q/--quiet, -v/-vv, --progress auto|bar|plain|none, --seed N, --debug."
 )
 
 
@@ -25,7 +23,7 @@ def hoist_globals(argv: list[str]) -> list[str]:
     for token in tokens:
         if token == "--":
             rest += [token, *tokens]
-        elif token in GLOBAL_FLAGS or token.partition("=")[0] in GLOBAL_VALUES and "=" in token:
+        elif token in GLOBAL_FLAGS or (token.partition("=")[0] in GLOBAL_VALUES and "=" in token):
             front.append(token)
         elif token in GLOBAL_VALUES:
             front += [token, *[value for value in [next(tokens, None)] if value is not None]]
@@ -39,7 +37,9 @@ def _version(value: bool) -> None:
         from mbq_export import __version__
         from mbq_export.schemes.layouts import LAYOUTS
 
-        layouts = ", ".join(f"{name} {layout.version}" for name, layout in LAYOUTS.members().items())
+        layouts = ", ".join(
+            f"{name} {layout.version}" for name, layout in LAYOUTS.members().items()
+        )
         typer.echo(f"mbq-export {__version__} (layouts: {layouts})")
         raise typer.Exit
 
@@ -49,7 +49,9 @@ def take_globals(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document on stdout, also on failure.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Result line and errors only.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Result line and errors only.")
+    ] = False,
     verbose: Annotated[
         int, typer.Option("-v", "--verbose", count=True, help="More detail; twice for native logs.")
     ] = 0,
@@ -58,37 +60,50 @@ def take_globals(
         str, typer.Option("--progress", help="auto, bar, plain or none.", metavar="MODE")
     ] = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Every random choice; recorded.")] = 0,
-    offline: Annotated[
-        bool, typer.Option("--offline/--online", help="Whether a model may be fetched.")
-    ] = True,
     version: Annotated[  # noqa: ARG001 (handled by its callback)
-        bool, typer.Option("--version", help="Version and layout versions.", callback=_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Version and layout versions.", callback=_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """From a vision-language model to a 3-bit TensorRT engine, checked at every step."""
     console: Console = context.obj
     console.as_json, console.quiet, console.verbose = as_json, quiet, verbose
-    console.debug, console.progress_mode, console.seed, console.offline = debug, progress, seed, offline
+    console.debug, console.progress_mode, console.seed = debug, progress, seed
     if progress not in {"auto", "bar", "plain", "none"}:
-        raise typer.BadParameter(f"{progress!r} is not one of auto, bar, plain, none", param_hint="--progress")
+        raise typer.BadParameter(
+            f"{progress!r} is not one of auto, bar, plain, none", param_hint="--progress"
+        )
     console.start(context.invoked_subcommand or "")
 
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help="Folder of a Hugging Face model, or an alias (mbq-export models)."),
+    typer.Option(
+        "--model", "-m", help="Folder of a Hugging Face model, or an alias (mbq-export models)."
+    ),
 ]
-Out = Annotated[Path, typer.Option("-o", "--out", help="Output folder; appears only when complete.")]
+Out = Annotated[
+    Path, typer.Option("-o", "--out", help="Output folder; appears only when complete.")
+]
 Data = Annotated[
     str | None,
-    typer.Option("--data", help="Calibration manifest (JSON Lines), or builtin:shapes.", show_default=False),
+    typer.Option(
+        "--data", help="Calibration manifest (JSON Lines), or builtin:shapes.", show_default=False
+    ),
 ]
 Samples = Annotated[int, typer.Option("--samples", help="Calibration samples.", min=1)]
-WeightBits = Annotated[int, typer.Option("--wbits", help="Weight bits: 3, 4, or 16 for the unquantized baseline.")]
-Scheme = Annotated[
-    str | None, typer.Option("--scheme", help="w3a16 or w4a16; says the same as --wbits.", show_default=False)
+WeightBits = Annotated[
+    int, typer.Option("--wbits", help="Weight bits: 3, 4, or 16 for the unquantized baseline.")
 ]
-GroupSize = Annotated[int, typer.Option("--group-size", help="Columns that share a scale: 32, 64 or 128.")]
+Scheme = Annotated[
+    str | None,
+    typer.Option("--scheme", help="w3a16 or w4a16; says the same as --wbits.", show_default=False),
+]
+GroupSize = Annotated[
+    int, typer.Option("--group-size", help="Columns that share a scale: 32, 64 or 128.")
+]
 Method = Annotated[str, typer.Option("--method", help="rtn, awq or mbq.")]
 Compat = Annotated[
     str, typer.Option("--compat", help="mbq: the published code's exact arithmetic; none: ours.")
@@ -97,7 +112,9 @@ TextOnly = Annotated[
     bool, typer.Option("--text-only-ok", help="Accept calibration data without images.")
 ]
 SkipBad = Annotated[int, typer.Option("--skip-bad", help="Unreadable samples to tolerate.", min=0)]
-Force = Annotated[bool, typer.Option("--force", help="Replace existing output, once the new one is complete.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace existing output, once the new one is complete.")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming.")]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle made by build.", metavar="BUNDLE")]
 Backend = Annotated[str, typer.Option("--backend", help="ort, or torch for the reference.")]
@@ -114,3 +131,9 @@ def switches(compat: str) -> dict[str, str]:
     if compat not in {"none", "mbq"}:
         raise typer.BadParameter(f"{compat!r} is not one of none, mbq", param_hint="--compat")
     return {} if compat == "none" else {"compat": compat}
+
+
+def models_folder() -> Path | None:
+    """Folder of local models, from the environment."""
+    named = os.environ.get("MBQ_EXPORT_MODELS")
+    return Path(named).expanduser() if named else None

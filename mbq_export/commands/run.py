@@ -22,24 +22,40 @@ def command(
     bundle: options.BundlePath,
     prompt: Annotated[
         str | None,
-        typer.Option("-p", "--prompt", help="The question; @FILE reads it from a file, - from stdin.", show_default=False),
+        typer.Option(
+            "-p",
+            "--prompt",
+            help="The question; @FILE reads it from a file, - from stdin.",
+            show_default=False,
+        ),
     ] = None,
     image: Annotated[
-        list[Path] | None, typer.Option("-i", "--image", help="A picture; repeatable.", show_default=False)
+        list[Path] | None,
+        typer.Option("-i", "--image", help="A picture; repeatable.", show_default=False),
     ] = None,
     jsonl: Annotated[
         Path | None,
-        typer.Option("--jsonl", help="Batch: one {id, prompt, images} per line; needs -o.", show_default=False),
+        typer.Option(
+            "--jsonl",
+            help="Batch: one {id, prompt, images} per line; needs -o.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Results of --jsonl, one line each.", show_default=False)
+        Path | None,
+        typer.Option("-o", "--out", help="Results of --jsonl, one line each.", show_default=False),
     ] = None,
-    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print text as it comes.")] = True,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to generate.")] = 256,
+    stream: Annotated[
+        bool, typer.Option("--stream/--no-stream", help="Print text as it comes.")
+    ] = True,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", help="Most tokens to generate.")
+    ] = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="Probability mass to draw from.")] = 1.0,
     stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeatable.", show_default=False)
+        list[str] | None,
+        typer.Option("--stop", help="Text that ends the answer; repeatable.", show_default=False),
     ] = None,
     backend: options.Backend = "ort",
     lowering: options.Lowering = "qdq",
@@ -53,7 +69,9 @@ def command(
     if (prompt is None) == (jsonl is None):
         raise UsageError(
             "E2002",
-            "run takes either --prompt or --jsonl." if prompt is None else "run got both --prompt and --jsonl.",
+            "run takes either --prompt or --jsonl."
+            if prompt is None
+            else "run got both --prompt and --jsonl.",
             why="one question, or a file of them",
             fix=('--prompt "what is shown ?"', "--jsonl questions.jsonl -o answers.jsonl"),
         )
@@ -62,14 +80,20 @@ def command(
     from mbq_export.runtime.sampling import Options
 
     wanted = Options(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=console.seed, stop=tuple(stop or ())
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=console.seed,
+        stop=tuple(stop or ()),
     )
     opened = Bundle.open(bundle)
     with open_session(opened, backend=backend, lowering=lowering, threads=threads) as session:
         if jsonl is not None:
             _batch(console, session, jsonl, out, wanted)
         else:
-            _single(console, session, _text_of(prompt or ""), tuple(image or ()), wanted, stream=stream)
+            _single(
+                console, session, _text_of(prompt or ""), tuple(image or ()), wanted, stream=stream
+            )
 
 
 def _text_of(prompt: str) -> str:
@@ -81,7 +105,10 @@ def _text_of(prompt: str) -> str:
     path = Path(prompt[1:])
     if not path.is_file():
         raise UsageError(
-            "E2002", f"--prompt {prompt} names no file.", why="@ reads the prompt from a file", fix="--prompt @question.txt"
+            "E2002",
+            f"--prompt {prompt} names no file.",
+            why="@ reads the prompt from a file",
+            fix="--prompt @question.txt",
         )
     return path.read_text("utf-8")
 
@@ -110,10 +137,17 @@ def _single(
     console.finish(_answer(done), what=f"{done.statistics.output_tokens} tokens, {done.reason}")
 
 
-def _batch(console: Console, session: "Session", source: Path, out: Path | None, wanted: "Options") -> None:
+def _batch(
+    console: Console, session: "Session", source: Path, out: Path | None, wanted: "Options"
+) -> None:
     """One result line per input line, flushed; finished ids are not asked again."""
     if out is None:
-        raise UsageError("E2002", "--jsonl needs -o.", why="results go to a file, one line each", fix="-o answers.jsonl")
+        raise UsageError(
+            "E2002",
+            "--jsonl needs -o.",
+            why="results go to a file, one line each",
+            fix="-o answers.jsonl",
+        )
     finished = {entry.get("id") for entry in _lines(out)} if out.exists() else set()
     todo = [entry for entry in _lines(source) if entry.get("id") not in finished]
     failed = 0
@@ -126,28 +160,48 @@ def _batch(console: Console, session: "Session", source: Path, out: Path | None,
             progress(index + 1, len(todo))
     if failed:
         raise GateError(
-            "E1107", f"{failed} of {len(todo)} lines failed.", why="each has an error object in the results", fix=f"see {out}"
+            "E1107",
+            f"{failed} of {len(todo)} lines failed.",
+            why="each has an error object in the results",
+            fix=f"see {out}",
         )
-    console.finish({"answered": len(todo), "kept": len(finished), "out": str(out)}, what=f"{len(todo)} answers in {out}")
+    console.finish(
+        {"answered": len(todo), "kept": len(finished), "out": str(out)},
+        what=f"{len(todo)} answers in {out}",
+    )
 
 
-def _answer_line(session: "Session", entry: dict[str, Any], folder: Path, wanted: "Options") -> dict[str, Any]:
+def _answer_line(
+    session: "Session", entry: dict[str, Any], folder: Path, wanted: "Options"
+) -> dict[str, Any]:
     from mbq_export.calibrate.data import read_image
     from mbq_export.reading import contained
 
     try:
         if not isinstance(entry.get("prompt"), str):
-            raise UsageError("E2002", "The line has no prompt.", why='{"id": ..., "prompt": ..., "images": [...]}')
-        images = [read_image(contained(folder, name, code="E4305")) for name in entry.get("images", [])]
-        return {"id": entry.get("id"), **_answer(session.generate(entry["prompt"], images, options=wanted))}
+            raise UsageError(
+                "E2002",
+                "The line has no prompt.",
+                why='{"id": ..., "prompt": ..., "images": [...]}',
+            )
+        images = [
+            read_image(contained(folder, name, code="E4305")) for name in entry.get("images", [])
+        ]
+        return {
+            "id": entry.get("id"),
+            **_answer(session.generate(entry["prompt"], images, options=wanted)),
+        }
     except MbqError as error:
-        return {"id": entry.get("id"), "error": {"code": f"MBQ-{error.code}", "message": error.message}}
+        return {
+            "id": entry.get("id"),
+            "error": {"code": f"MBQ-{error.code}", "message": error.message},
+        }
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     from mbq_export.reading import read_jsonl
 
-    return iter(read_jsonl(path))
+    return (entry for _, entry in read_jsonl(path))
 
 
 def _answer(done: "Generation") -> dict[str, Any]:

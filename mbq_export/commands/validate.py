@@ -1,69 +1,96 @@
 """Check a bundle: files, numbers per layer and modality, tokens, tasks."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mbq_export.commands import options
 from mbq_export.commands.console import Console
-from mbq_export.errors import GateError
 
-DEFAULT_TIERS = "structure,numeric,tokens"
+ALL_TIERS = "structure,numeric,tokens,task"
 
 
 def command(
     context: typer.Context,
     bundle: options.BundlePath,
     tier: Annotated[
-        str, typer.Option("--tier", help="structure, numeric, tokens, task or all; commas join them.")
-    ] = DEFAULT_TIERS,
+        str,
+        typer.Option("--tier", help="structure, numeric, tokens, task or all; commas join them."),
+    ] = "structure,numeric,tokens",
     backend: options.Backend = "ort",
     lowering: options.Lowering = "qdq",
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model", help="Full-precision model: adds the quality checks.", show_default=False
+        ),
+    ] = None,
     data: Annotated[
-        str | None,
-        typer.Option("--data", help="Samples or task questions (JSON Lines); default: generated ones.", show_default=False),
+        Path | None,
+        typer.Option(
+            "--data",
+            help="Samples or questions (JSON Lines). Default: generated ones.",
+            show_default=False,
+        ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", help="Samples per tier.", min=1, show_default=False)
+        int | None,
+        typer.Option(
+            "--samples",
+            help="Samples of the numeric tier, prompts of the tokens tier.",
+            min=1,
+            show_default=False,
+        ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens of a free run.", min=1)] = 32,
+    questions: Annotated[
+        int, typer.Option("--questions", help="Most questions of the task tier.", min=1)
+    ] = 500,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", help="Longest free answer.", min=1)
+    ] = 32,
+    threads: options.Threads = 0,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Folder for validate.json.", show_default=False)
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            help="Folder for validate.json and the tensors at the first bad place.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
-    """Check a bundle against its own checkpoint.
+    """Check a bundle against its own checkpoint, layer by layer and modality by modality.
 
     mbq-export validate out --tier tokens --json
     """
     from mbq_export.bundle import Bundle
-    from mbq_export.evaluate.validate import ValidateRequest, validate
+    from mbq_export.evaluate.validate import Validation, failure, validate
 
     console: Console = context.obj
     opened = Bundle.open(bundle)
-    request = ValidateRequest(
-        tiers=tuple(tier.split(",")),
+    validation = Validation(
+        tiers=tuple((ALL_TIERS if tier == "all" else tier).split(",")),
         backend=backend,
         lowering=lowering,
+        full_precision=model,
         data=data,
-        samples=samples,
+        questions=questions,
         new_tokens=new_tokens,
-        seed=console.seed,
+        threads=threads,
+        tensors=out,
+        **({} if samples is None else {"samples": samples, "prompts": samples}),
     )
     with console.progress("validate") as progress:
-        report = validate(opened, request, progress=progress)
+        report = validate(opened, validation, progress=progress)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         report.write(out / "validate.json")
-    console.table(("tier", "gate", "modality", "value", "threshold", "verdict"), report.check_rows())
-    document: dict[str, Any] = report.as_json()
-    if not report.passed:
-        failed = next(check for check in report.checks if check.ok is False)
-        raise GateError(
-            "E1102",
-            f"{failed.name} is {failed.value}, limit {failed.threshold}{f', at {failed.place}' if failed.place else ''}.",
-            why=failed.why,
-            fix=f"mbq-export validate {bundle} --tier numeric --json",
-            context={"report": document},
-        )
-    console.finish(document, what=f"{bundle}  {len(report.checks)} checks")
+    console.table(
+        ("tier", "gate", "modality", "value", "threshold", "verdict"), report.check_rows()
+    )
+    error = failure(report)
+    if error is not None:
+        error.context["result"] = report.as_json()
+        raise error
+    console.finish(report.as_json(), what=f"{bundle}  {len(report.checks)} checks")

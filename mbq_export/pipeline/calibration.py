@@ -32,7 +32,9 @@ def channel_scales(
         Scales of every unit; none for the unquantized baseline, which needs no data.
     """
     if plan.scheme is None:
-        return ChannelScales(scales={}, sensitivity={}, calib={"switches": plan.switches.resolved()})
+        return ChannelScales(
+            scales={}, sensitivity={}, calib={"switches": plan.switches.resolved()}
+        )
     request = plan.request
     data = read_manifest(
         plan.data,

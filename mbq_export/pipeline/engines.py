@@ -106,7 +106,9 @@ def _engine_graph(
         outputs=tuple(_spec(port) for port in graph.outputs),
         sizes=dict(sizes),
         linears=tuple(
-            QuantizedLinear(node=linear.node, shape=(linear.n, linear.k), group_size=linear.group_size)
+            QuantizedLinear(
+                node=linear.node, shape=(linear.n, linear.k), group_size=linear.group_size
+            )
             for linear in quantized
         ),
         attention_layers=graph.attention_layers or None,

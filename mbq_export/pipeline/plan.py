@@ -1,7 +1,7 @@
 """Everything that can go wrong cheaply, found before anything expensive starts.
 
-    request ── plan ──► Plan: model folder, data, scheme, targets, what is quantized, what it will take
-                          └── fingerprint: whatever decides the result, and nothing else
+request ── plan ──► Plan: model folder, data, scheme, targets, what is quantized, what it will take
+                      └── fingerprint: whatever decides the result, and nothing else
 """
 
 import os
@@ -20,17 +20,17 @@ from mbq_export.channel_scales import Switches
 from mbq_export.checkpoint import KEPT
 from mbq_export.errors import MachineError, ResourceError, UsageError
 from mbq_export.families.base import ModelFamily, TextShape
-from mbq_export.families.locate import ModelSource, family_of, locate
-from mbq_export.reading import read_json, sha256_of
+from mbq_export.families.locate import SHIPPED, ModelSource, family_of, locate, read_config
+from mbq_export.native import available_memory, local_gpu
+from mbq_export.reading import sha256_of
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import QuantScheme, groups_of
 from mbq_export.schemes.layouts import LAYOUTS
 from mbq_export.state import revision_of
-from mbq_export.target import Target
+from mbq_export.target import AUTO, SERVED, Target
 from mbq_export.writing import refuse_existing
 
 BUILTIN_DATA: Final = "builtin:shapes"
-SHIPPED_MODEL: Final = "tiny-llava-ov"
 UNQUANTIZED_BITS: Final = 16
 HALF_BYTES: Final = 2
 # Disk: the checkpoint, and one graph per lowering at up to fp32 size, beside the final bundle's rename.
@@ -61,7 +61,7 @@ class BuildRequest:
         seed: Every random choice.
         text_only_ok: Accept calibration data without pictures.
         skip_bad: Unreadable samples to tolerate.
-        online: A model may be fetched.
+        models: Folder of local models, searched for aliases and hub ids.
         force: Replace an existing bundle.
         fresh: Start again instead of resuming.
         gate: ``on``, ``warn`` or ``off``.
@@ -85,7 +85,7 @@ class BuildRequest:
     seed: int = 0
     text_only_ok: bool = False
     skip_bad: int = 0
-    online: bool = False
+    models: Path | None = None
     force: bool = False
     fresh: bool = False
     gate: str = "on"
@@ -153,7 +153,12 @@ class Plan:
         group = self.request.group_size
         bits = f"{self.scheme.bits_per_weight(group):.3f}"
         return [
-            ("decoder linears", linears, bits, f"{self.scheme.name} g{group}, {self.switches.method}"),
+            (
+                "decoder linears",
+                linears,
+                bits,
+                f"{self.scheme.name} g{group}, {self.switches.method}",
+            ),
             ("vision tower, projector", 1, "16", "policy: small, and sensitive"),
             ("token embedding, head", 2, "16", "policy: read once per token, or tied"),
             ("norms, biases", linears, "16", "policy: no matrices"),
@@ -172,8 +177,8 @@ def make_plan(request: BuildRequest) -> Plan:
     refuse_existing(request.out, force=request.force)
     scheme = _scheme(request)
     _check_gate(request)
-    source = locate(request.model, online=request.online)
-    config = read_json(source.folder / "config.json", code="E4002")
+    source = locate(request.model, models=request.models)
+    config = read_config(source.folder)
     family = family_of(config)
     text = family.text_shape(config)
     if scheme is not None:
@@ -249,7 +254,9 @@ def _scheme(request: BuildRequest) -> QuantScheme | None:
 
 def _check_gate(request: BuildRequest) -> None:
     if request.gate not in {"on", "warn", "off"}:
-        raise UsageError("E2001", f"Unknown gate {request.gate!r}.", why="known: on, warn, off", fix="--gate on")
+        raise UsageError(
+            "E2001", f"Unknown gate {request.gate!r}.", why="known: on, warn, off", fix="--gate on"
+        )
     if request.gate != "on" and not request.gate_reason:
         raise UsageError(
             "E2002",
@@ -262,7 +269,11 @@ def _check_gate(request: BuildRequest) -> None:
 def _data(request: BuildRequest) -> str:
     if request.data is not None:
         return request.data
-    if request.model == SHIPPED_MODEL or request.method == "rtn" or request.weight_bits == UNQUANTIZED_BITS:
+    if (
+        request.model == SHIPPED
+        or request.method == "rtn"
+        or request.weight_bits == UNQUANTIZED_BITS
+    ):
         return BUILTIN_DATA
     raise UsageError(
         "E2017",
@@ -275,7 +286,7 @@ def _data(request: BuildRequest) -> str:
 def _targets(request: BuildRequest) -> tuple[tuple[Target, ...], dict[str, str]]:
     targets, skipped = [], {}
     for text in request.targets:
-        target = Target.parse(text)
+        target = _local_target() if text == AUTO else Target.parse(text)
         if target.flavour == "cpu":
             continue
         targets.append(target)
@@ -283,17 +294,32 @@ def _targets(request: BuildRequest) -> tuple[tuple[Target, ...], dict[str, str]]
         if not reason:
             continue
         if request.require_engine:
-            raise MachineError("E3003", f"No engine for {target} can be built here.", why=reason[0], fix=reason[1])
+            raise MachineError(
+                "E3003", f"No engine for {target} can be built here.", why=reason[0], fix=reason[1]
+            )
         skipped[str(target)] = f"{reason[0]}: {reason[1]}"
     return tuple(targets), skipped
+
+
+def _local_target() -> Target:
+    """This machine's GPU, if engines can be built ahead of time for it; else ``cpu``, which needs no engine."""
+    gpu = local_gpu()
+    return Target.parse("cpu" if gpu is None or gpu.sm not in SERVED["rtx"] else f"sm{gpu.sm}:rtx")
 
 
 def _cannot_build(target: Target) -> tuple[str, str] | None:
     backend = BACKENDS.members().get(target.flavour)
     if backend is None or backend.build is None:
-        return (f"engines of flavour {target.flavour} are finished on the device", "--target DEVICE:rtx")
+        return (
+            f"engines of flavour {target.flavour} are finished on the device",
+            "--target DEVICE:rtx",
+        )
     available = backend.available()
-    return None if available.ok else (f"found {available.found}, needed {available.needed}", available.fix)
+    return (
+        None
+        if available.ok
+        else (f"found {available.found}, needed {available.needed}", available.fix)
+    )
 
 
 def _check_room(plan: Plan) -> None:
@@ -310,7 +336,7 @@ def _check_room(plan: Plan) -> None:
             fix="free space, or choose another -o",
         )
     memory, wanted = available_memory(), int(weights * MEMORY_FACTOR) + LIBRARIES_BYTES
-    if memory is not None and wanted > memory:
+    if wanted > memory:
         raise ResourceError(
             "E5003",
             f"The build needs about {wanted >> 20} MiB of memory, {memory >> 20} MiB are free.",
@@ -319,20 +345,11 @@ def _check_room(plan: Plan) -> None:
         )
 
 
-def available_memory() -> int | None:
-    """Bytes of memory that can be taken without swapping; None where the system does not say."""
-    path = Path("/proc/meminfo")
-    if not path.exists():
-        return None
-    for line in path.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
 def _fingerprint(plan: Plan) -> dict[str, object]:
     request = plan.request
-    shards = {path.name: sha256_of(path) for path in sorted(plan.source.folder.glob("*.safetensors"))}
+    shards = {
+        path.name: sha256_of(path) for path in sorted(plan.source.folder.glob("*.safetensors"))
+    }
     data = plan.data if plan.data.startswith("builtin:") else sha256_of(Path(plan.data))
     return {
         "model": {"config": sha256_of(plan.source.folder / "config.json"), "shards": shards},
@@ -342,7 +359,10 @@ def _fingerprint(plan: Plan) -> dict[str, object]:
             "group_size": request.group_size,
             "switches": plan.switches.resolved(),
         },
-        "graphs": {"max_context": plan.max_context, "targets": [str(target) for target in plan.targets]},
+        "graphs": {
+            "max_context": plan.max_context,
+            "targets": [str(target) for target in plan.targets],
+        },
         "seed": request.seed,
         "layouts": {name: layout.version for name, layout in LAYOUTS.members().items()},
         "packages": {**package_versions(), "mbq-export": __version__},

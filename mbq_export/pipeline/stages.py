@@ -20,8 +20,8 @@ from mbq_export.backends.base import EngineRecord
 from mbq_export.bundle import ENGINES, LOGS, ONNX, REPORTS, WEIGHTS, Bundle, seal
 from mbq_export.channel_scales import ChannelScales
 from mbq_export.checkpoint import QuantCheckpoint
-from mbq_export.errors import GateError, located
-from mbq_export.evaluate.validate import validate
+from mbq_export.errors import located
+from mbq_export.evaluate.validate import failure, validate_build
 from mbq_export.export import ExportRecord, GraphForm, export
 from mbq_export.families.base import LoadedModel
 from mbq_export.pipeline.calibration import channel_scales
@@ -31,7 +31,7 @@ from mbq_export.progress import Progress
 from mbq_export.quantize import quantize
 from mbq_export.report import Report
 from mbq_export.state import State, fingerprint_of
-from mbq_export.writing import explained, json_bytes, partial_path, publish, write_file
+from mbq_export.writing import explained, partial_path, publish
 
 CALIBRATION: Final = "calibration"
 STAGED: Final = "bundle"
@@ -115,7 +115,9 @@ def build(request: BuildRequest, listener: Listener) -> BuildResult:
     """
     with located("plan"):
         plan = make_plan(request)
-    listener.note(f"[1/{STAGES}] plan        {request.model} ({plan.source.rule}), {plan.scheme_name}")
+    listener.note(
+        f"[1/{STAGES}] plan        {request.model} ({plan.source.rule}), {plan.scheme_name}"
+    )
     partial = partial_path(request.out)
     with State.open(partial, plan.fingerprint, fresh=request.fresh) as state:
         work = _begin(plan, state, listener)
@@ -129,7 +131,11 @@ def build(request: BuildRequest, listener: Listener) -> BuildResult:
         facts = _facts(plan, checkpoint)
         staged = state.stage(STAGED)
         gates = _validate(work, staged, facts)
-        sha256 = seal(staged, {**facts, "gates": _gate_rows(gates), "gate_override": _override(plan)}, _provenance(work))
+        sha256 = seal(
+            staged,
+            {**facts, "gates": _gate_rows(gates), "gate_override": _override(plan)},
+            _provenance(work),
+        )
         publish(staged, request.out)
         state.discard()
     listener.note(f"[7/{STAGES}] seal        sha256 {sha256[:16]}")
@@ -171,7 +177,9 @@ def _begin(plan: Plan, state: State, listener: Listener) -> _Work:
 
 
 def _calibrate(work: _Work, model: LoadedModel, progress: Progress) -> None:
-    scales = channel_scales(work.plan, model, work.listener.note, state=work.state, progress=progress)
+    scales = channel_scales(
+        work.plan, model, work.listener.note, state=work.state, progress=progress
+    )
     scales.write(work.folder(CALIBRATION))
 
 
@@ -211,7 +219,9 @@ def _export(work: _Work, checkpoint: QuantCheckpoint, progress: Progress) -> Non
     out = work.folder(ONNX)
     if out.exists():
         shutil.rmtree(out)
-    export(checkpoint, out, family=work.plan.family, forms=graph_forms(work.plan), progress=progress)
+    export(
+        checkpoint, out, family=work.plan.family, forms=graph_forms(work.plan), progress=progress
+    )
 
 
 def _engines(work: _Work, progress: Progress) -> None:
@@ -219,7 +229,9 @@ def _engines(work: _Work, progress: Progress) -> None:
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
     onnx = work.folder(ONNX)
-    work.engines = build_engines(work.plan, ExportRecord.read(onnx), onnx=onnx, out=out, progress=progress)
+    work.engines = build_engines(
+        work.plan, ExportRecord.read(onnx), onnx=onnx, out=out, progress=progress
+    )
 
 
 def _validate(work: _Work, staged: Path, facts: dict[str, Any]) -> Report | None:
@@ -230,21 +242,15 @@ def _validate(work: _Work, staged: Path, facts: dict[str, Any]) -> Report | None
     started = time.monotonic()
     seal(staged, facts, {})
     with located("validate"), work.listener.progress(f"[6/{STAGES}] validate") as progress:
-        report = validate(Bundle.open(staged), progress=progress)
+        report = validate_build(Bundle.open(staged), progress=progress)
     work.seconds["validate"] = round(time.monotonic() - started, 2)
     work.listener.note(f"[6/{STAGES}] validate    {work.seconds['validate']:.1f} s")
     with explained(staged):
         (staged / REPORTS).mkdir(exist_ok=True)
-    write_file(staged / REPORTS / "validate.json", json_bytes(report.as_json()))
-    failed = [check for check in report.checks if not check.ok]
-    if failed and gate == "on":
-        raise GateError(
-            "E1101",
-            f"{len(failed)} of {len(report.checks)} checks failed, the first is {failed[0].name}.",
-            why=failed[0].why,
-            fix=("mbq-export validate BUNDLE --bisect", '--gate warn --gate-reason "..." to publish it all the same'),
-            context={"failed": [check.name for check in failed]},
-        )
+    report.write(staged / REPORTS / "validate.json")
+    error = failure(report)
+    if error is not None and gate == "on":
+        raise error
     return report
 
 

@@ -1,0 +1,48 @@
+"""Show what a file or folder contains."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mbq_export.commands.console import Console
+
+SHOWN_ROWS = 12
+
+
+def command(
+    context: typer.Context,
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A bundle, checkpoint, calibration, model folder, .safetensors or .onnx.",
+            metavar="PATH",
+        ),
+    ],
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every recorded hash.")] = False,
+    full: Annotated[bool, typer.Option("--all", help="Print whole tables.")] = False,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers", help="Print the layer table of each engine, recorded at build time."
+        ),
+    ] = False,
+) -> None:
+    """Show what a file or folder contains, running nothing in it.
+
+    mbq-export inspect out --verify
+    """
+    from mbq_export.evaluate.describe import describe
+
+    console: Console = context.obj
+    with console.progress("inspect") as progress:
+        found = describe(path, verify=verify, layers=layers, progress=progress)
+    console.text(f"{path}: {found.kind}")
+    for name, value in found.facts.items():
+        console.text(f"  {name:<20} {'-' if value is None or value == [] else value}")
+    for table in found.tables:
+        console.text(f"\n{table.title}")
+        console.table(table.header, table.rows if full or layers else table.rows[:SHOWN_ROWS])
+        if len(table.rows) > SHOWN_ROWS and not (full or layers):
+            console.text(f"... {len(table.rows) - SHOWN_ROWS} more, --all shows them")
+    console.finish(found.as_json(), what=f"{path}  {found.kind}")

@@ -1,0 +1,321 @@
+"""What a file or folder contains, without running or loading anything in it.
+
+folder with manifest.json     bundle
+folder with mbq.json          quantized checkpoint
+folder with calib.json        calibration result
+folder with config.json       model as transformers saves it
+*.safetensors                 tensors
+*.onnx                        graph
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from mbq_export.backends._tensorrt import ENGINE_RECORD, LAYER_RECORD
+from mbq_export.bundle import MANIFEST, Bundle, unlisted_files
+from mbq_export.checkpoint import CHECKPOINT_FILE, ChannelScales, QuantCheckpoint
+from mbq_export.errors import FormatError
+from mbq_export.families.locate import family_of, read_config
+from mbq_export.progress import Progress, silent
+from mbq_export.reading import read_json, safetensors_header
+
+LARGEST_PROTO_BYTES: Final = 100 << 20
+"""Graphs of ours keep weights outside; a larger file is not read whole to look at it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """One table of a description."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """One object per row."""
+        return [dict(zip(self.header, row, strict=True)) for row in self.rows]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What was found.
+
+    Attributes:
+        kind: Bundle, checkpoint, calibration, model, tensors or graph.
+        facts: Single values, in reading order.
+        tables: Longer lists.
+    """
+
+    kind: str
+    facts: dict[str, Any]
+    tables: list[Table] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Form of the JSON document."""
+        return {
+            "kind": self.kind,
+            "facts": self.facts,
+            **{table.title.replace(" ", "_"): table.as_json() for table in self.tables},
+        }
+
+
+class _Reader(Protocol):
+    def __call__(self, path: Path, *, verify: bool, progress: Progress) -> Description: ...
+
+
+def describe(
+    path: Path, *, verify: bool = False, layers: bool = False, progress: Progress = silent
+) -> Description:
+    """Describe a file or folder.
+
+    Args:
+        path: What to look at.
+        verify: Hash everything that has a recorded hash.
+        layers: Add the layer tables that were recorded when a bundle's engines were built.
+        progress: Called after each hashed file.
+
+    Raises:
+        FormatError: E4006 if it is none of the known kinds; otherwise what its reader finds wrong.
+    """
+    if path.is_dir():
+        for name, reader in _FOLDERS.items():
+            if (path / name).is_file():
+                found = reader(path, verify=verify, progress=progress)
+                return replace(found, tables=_layer_tables(path)) if layers else found
+    elif path.suffix == ".safetensors" and path.is_file():
+        return _tensors(path)
+    elif path.suffix == ".onnx" and path.is_file():
+        return _graph(path)
+    found = "does not exist" if not path.exists() else "is nothing that can be described"
+    raise FormatError(
+        "E4006",
+        f"{path} {found}.",
+        why=f"known: a folder with {', '.join(_FOLDERS)}; a .safetensors or .onnx file",
+        fix="mbq-export inspect PATH",
+    )
+
+
+def _bundle(path: Path, *, verify: bool, progress: Progress) -> Description:
+    bundle = Bundle.open(path, verify=verify, progress=progress)
+    manifest, files = bundle.manifest, bundle.manifest["files"]
+    quant, source = manifest["quant"], manifest["source"]
+    gates = manifest.get("gates", [])
+    facts = {
+        "sha256": bundle.sha256,
+        "model": source["model"],
+        "family": source["family"],
+        "scheme": quant["scheme"]["name"],
+        "method": quant["method"]["name"],
+        "files": len(files),
+        "bytes": sum(record["bytes"] for record in files),
+        "gates": f"{sum(bool(gate.get('pass')) for gate in gates)} of {len(gates)} passed",
+        "gate override": manifest.get("gate_override"),
+        "integrity": "every hash compared"
+        if verify
+        else "sizes compared; --verify compares hashes",
+        "unlisted files": unlisted_files(path, files),
+    }
+    by_folder: Counter[str] = Counter()
+    for record in files:
+        by_folder[record["path"].split("/")[0]] += record["bytes"]
+    tables = [
+        Table(title="bytes by folder", header=("folder", "bytes"), rows=sorted(by_folder.items())),
+        Table(
+            title="files",
+            header=("path", "bytes", "sha256"),
+            rows=[(r["path"], r["bytes"], r["sha256"][:16]) for r in files],
+        ),
+    ]
+    return Description(kind="bundle", facts=facts, tables=tables + _engines(bundle))
+
+
+def _engines(bundle: Bundle) -> list[Table]:
+    """What the build recorded about engines; an engine itself is never opened."""
+    rows = []
+    for path in sorted(bundle.engines.rglob(ENGINE_RECORD)):
+        record = read_json(path, code="E4604")
+        place = path.parent.relative_to(bundle.engines).as_posix()
+        for name, engine in record["engines"].items():
+            rows.append(
+                (
+                    f"{place}/{name}",
+                    engine["bytes"],
+                    engine["layers"],
+                    record["verified"],
+                    record["why"],
+                )
+            )
+    header = ("engine", "bytes", "layers", "verified", "why not")
+    return [Table(title="engines", header=header, rows=rows)] if rows else []
+
+
+def _layer_tables(root: Path) -> list[Table]:
+    """One table per engine: rows of the build log as they were recorded."""
+    tables = []
+    for path in sorted(root.rglob(LAYER_RECORD)):
+        for name, engine in read_json(path, code="E4604", limit=LARGEST_PROTO_BYTES)[
+            "engines"
+        ].items():
+            rows = [
+                (
+                    layer["type"],
+                    ", ".join(sorted({kind for _, kind, _ in layer["const"]})),
+                    " ".join(layer["onnx"]),
+                )
+                for layer in engine["layers"]
+            ]
+            title = f"layers of {path.parent.relative_to(root).as_posix()}/{name}"
+            tables.append(Table(title=title, header=("type", "constants", "onnx nodes"), rows=rows))
+    return tables
+
+
+def _checkpoint(path: Path, *, verify: bool, progress: Progress) -> Description:
+    checkpoint = QuantCheckpoint.open(path, verify=verify)
+    progress(1, 1, CHECKPOINT_FILE)
+    linears = checkpoint.info.get("linears", [])
+    facts = {
+        "scheme": checkpoint.scheme_name,
+        "group size": checkpoint.group_size,
+        "method": checkpoint.info.get("method", {}).get("name"),
+        "quantized linears": len(checkpoint.linears),
+        "quantized weights": sum(record["n"] * record["k"] for record in linears),
+        "kept tensors": len(checkpoint.tensors),
+    }
+    rows = [
+        (r["name"], r["n"], r["k"], r["scheme"], r["group_size"], r.get("alpha")) for r in linears
+    ]
+    table = Table(
+        title="linears", header=("linear", "n", "k", "scheme", "group", "alpha"), rows=rows
+    )
+    return Description(kind="checkpoint", facts=facts, tables=[table])
+
+
+def _calibration(path: Path, *, verify: bool, progress: Progress) -> Description:
+    del verify
+    scales = ChannelScales.read(path)
+    progress(1, 1, "calib.json")
+    facts = {
+        "method": scales.switches.method,
+        "data": scales.calib.get("data"),
+        "median ratio": scales.sensitivity.get("median"),
+        "units": len(scales.scales),
+    }
+    rows = [
+        (u["layer"], u["unit"], u.get("alpha"), u.get("r")) for u in scales.calib.get("units", [])
+    ]
+    return Description(
+        kind="calibration",
+        facts=facts,
+        tables=[Table(title="units", header=("layer", "unit", "alpha", "r"), rows=rows)],
+    )
+
+
+def _model(path: Path, *, verify: bool, progress: Progress) -> Description:
+    del verify
+    config = read_config(path)
+    family = family_of(config)
+    text, vision = family.text_shape(config), family.vision_shape(config)
+    headers = [safetensors_header(file) for file in sorted(path.glob("*.safetensors"))]
+    progress(1, 1, "config.json")
+    entries = [(name, entry) for header in headers for name, entry in header.items()]
+    modules: Counter[str] = Counter()
+    for name, entry in entries:
+        modules[".".join(name.split(".")[:2])] += entry.end - entry.start
+    facts = {
+        "family": family.name,
+        "blocks": text.layers,
+        "hidden": text.hidden,
+        "heads": f"{text.heads} query, {text.kv_heads} key/value, {text.head_dim} wide",
+        "mlp": text.intermediate,
+        "vocabulary": text.vocab,
+        "tied head": text.tied_head,
+        "image tokens per tile": vision.tokens_per_tile,
+        "tensors": len(entries),
+        "bytes": sum(modules.values()),
+    }
+    table = Table(title="bytes by module", header=("module", "bytes"), rows=sorted(modules.items()))
+    return Description(kind="model", facts=facts, tables=[table])
+
+
+def _tensors(path: Path) -> Description:
+    header = safetensors_header(path)
+    rows = [
+        (name, entry.dtype, str(list(entry.shape)), entry.end - entry.start)
+        for name, entry in sorted(header.items())
+    ]
+    facts = {"tensors": len(header), "bytes": path.stat().st_size}
+    return Description(
+        kind="tensors",
+        facts=facts,
+        tables=[Table(title="tensors", header=("name", "dtype", "shape", "bytes"), rows=rows)],
+    )
+
+
+def _graph(path: Path) -> Description:
+    import onnx  # noqa: PLC0415 (only this kind needs it)
+    from google.protobuf.message import DecodeError  # noqa: PLC0415
+
+    size = path.stat().st_size
+    if not 0 < size <= LARGEST_PROTO_BYTES:
+        raise FormatError(
+            "E4404",
+            f"{path.name} has {size} bytes.",
+            why=f"a graph has 1 to {LARGEST_PROTO_BYTES} bytes, its weights lie outside",
+            fix="export the graph again",
+        )
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise FormatError(
+            "E4404",
+            f"{path.name} is no ONNX file; it starts with {path.read_bytes()[:16]!r}.",
+            why="a protobuf message was expected",
+            fix="export the graph again",
+        ) from error
+    operators = Counter(
+        f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        for node in model.graph.node
+    )
+    facts = {
+        "producer": model.producer_name,
+        "ir version": model.ir_version,
+        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "nodes": len(model.graph.node),
+        "functions": [function.name for function in model.functions],
+        "initializers": len(model.graph.initializer),
+    }
+    ports = [
+        (
+            kind,
+            value.name,
+            onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type),
+            _dims(value),
+        )
+        for kind, values in (("input", model.graph.input), ("output", model.graph.output))
+        for value in values
+    ]
+    return Description(
+        kind="graph",
+        facts=facts,
+        tables=[
+            Table(title="operators", header=("operator", "count"), rows=sorted(operators.items())),
+            Table(
+                title="inputs and outputs", header=("kind", "name", "dtype", "shape"), rows=ports
+            ),
+        ],
+    )
+
+
+def _dims(value: Any) -> str:
+    dims = value.type.tensor_type.shape.dim
+    return "[" + ", ".join(dim.dim_param or str(dim.dim_value) for dim in dims) + "]"
+
+
+_FOLDERS: Final[dict[str, _Reader]] = {
+    MANIFEST: _bundle,
+    CHECKPOINT_FILE: _checkpoint,
+    "calib.json": _calibration,
+    "config.json": _model,
+}
