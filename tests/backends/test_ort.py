@@ -82,7 +82,10 @@ def test_float_feeds_are_cast_to_the_type_of_the_graph(doubler: Path) -> None:
         ({"x": np.zeros((2, 4), np.float32)}, r"is float32 \[2, 4\]"),
         ({"x": np.zeros(3, np.float32)}, r"is float32 \[3\]"),
         ({"x": np.zeros((2, 3), np.int64)}, r"is int64 \[2, 3\]"),
-        ({"x": np.zeros((2, 3), np.float32), "z": np.zeros(1)}, r"Input z of doubler.onnx is given"),
+        (
+            {"x": np.zeros((2, 3), np.float32), "z": np.zeros(1)},
+            r"Input z of doubler.onnx is given",
+        ),
     ],
 )
 def test_a_wrong_feed_is_named_before_anything_runs(
@@ -111,7 +114,9 @@ def test_four_bit_products_are_exact_unless_the_fast_level_is_asked_for(tmp_path
             found = engine.run({"x": x})["y"]
         errors[level] = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
     assert errors[ort.EXACT] < 2e-6
-    assert errors[ort.FAST] > 1e-3, "the fast level no longer rounds activations: is it still faster?"
+    assert errors[ort.FAST] > 1e-3, (
+        "the fast level no longer rounds activations: is it still faster?"
+    )
 
 
 def test_one_thread_and_all_threads_agree(tmp_path: Path) -> None:
@@ -157,7 +162,10 @@ def test_a_failure_inside_the_graph_is_ours_with_its_words(tmp_path: Path) -> No
         ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m"])],
     )
-    with ort.open_graph(path) as engine, pytest.raises(BuildError, match=r"failed in reshape") as caught:
+    with (
+        ort.open_graph(path) as engine,
+        pytest.raises(BuildError, match=r"failed in reshape") as caught,
+    ):
         engine.run({"x": np.zeros(4, np.float32), "shape": np.array([3])})
     assert caught.value.code == "E6011"
     assert "Reshape" in caught.value.why
@@ -173,7 +181,10 @@ def test_running_out_of_memory_is_a_resource_error(tmp_path: Path) -> None:
         ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m"])],
     )
-    with ort.open_graph(path) as engine, pytest.raises(ResourceError, match=r"out of memory") as caught:
+    with (
+        ort.open_graph(path) as engine,
+        pytest.raises(ResourceError, match=r"out of memory") as caught,
+    ):
         engine.run({"x": np.zeros(1, np.float32), "shape": np.array([1 << 55])})
     assert caught.value.code == "E5004"
 
@@ -211,9 +222,13 @@ def test_two_packages_in_one_folder_are_refused(
 ) -> None:
     record = tmp_path / "site" / "onnxruntime_gpu-1.31.1.dist-info"
     record.mkdir(parents=True)
-    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.31.1\n")
+    (record / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.31.1\n"
+    )
     monkeypatch.syspath_prepend(str(record.parent))
-    with pytest.raises(MachineError, match=r"Two ONNX Runtimes(?s:.*)onnxruntime-gpu 1.31.1") as caught:
+    with pytest.raises(
+        MachineError, match=r"Two ONNX Runtimes(?s:.*)onnxruntime-gpu 1.31.1"
+    ) as caught:
         ort.open_graph(doubler)
     assert caught.value.code == "E3008"
     assert "pip uninstall onnxruntime onnxruntime-gpu" in caught.value.fix[0]
@@ -224,7 +239,9 @@ def test_this_environment_has_exactly_one_package() -> None:
     assert ort.available().ok
 
 
-def test_the_cpu_quota_of_the_cgroup_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_quota_of_the_cgroup_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quota = tmp_path / "cpu.max"
     monkeypatch.setattr(ort, "CPU_QUOTA", str(quota))
     everything = ort.granted_cpus()
