@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from mbq_export.calibrate.manifest import Sample, read_samples
-from mbq_export.calibrate.shapes import CalibrationMix, calibration_samples
+from mbq_export.calibrate.shapes import CalibrationMix, Example, calibration_samples
 from mbq_export.errors import FormatError, UsageError, located
 from mbq_export.families.base import ANSWER, PROMPT, VISION
 from mbq_export.families.inputs import ModelInputs
@@ -242,6 +242,11 @@ def _builtin(name: str, count: int, seed: int) -> list[Sample]:
             why=f"known: {', '.join(BUILTIN)}",
             fix="--data builtin:shapes",
         )
+    return generated_samples(calibration_samples(count, seed=seed, mix=BUILTIN[name]))
+
+
+def generated_samples(examples: Iterable[Example]) -> list[Sample]:
+    """Turn generated questions into samples; their pictures stay in memory."""
     return [
         Sample(
             id=example.id,
@@ -249,7 +254,7 @@ def _builtin(name: str, count: int, seed: int) -> list[Sample]:
             prompt=example.prompt,
             answer=example.answer,
         )
-        for example in calibration_samples(count, seed=seed, mix=BUILTIN[name])
+        for example in examples
     ]
 
 
