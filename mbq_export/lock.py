@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import os
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -43,7 +44,7 @@ class Owner:
         """Whether this very process still runs on this machine."""
         try:
             os.kill(self.pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):
             return False
         except PermissionError:
             return True
@@ -71,15 +72,14 @@ class Lock:
         """
         with explained(path):
             descriptor = _locked(path)
-            try:
+            with ExitStack() as undo:
+                undo.callback(os.close, descriptor)
                 _refuse_owner(path, _owner_in(descriptor))
                 record = json.dumps(asdict(_myself())).encode()
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, record, 0)
                 os.fsync(descriptor)
-            except BaseException:
-                os.close(descriptor)
-                raise
+                undo.pop_all()
         return cls(path, descriptor)
 
     def release(self) -> None:

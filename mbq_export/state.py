@@ -20,6 +20,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -88,15 +89,14 @@ class State:
         with explained(partial):
             partial.mkdir(parents=True, exist_ok=True)
         lock = Lock.take(partial / LOCK_FILE)
-        try:
+        with ExitStack() as undo:
+            undo.callback(lock.release)
             if fresh:
                 _clear(partial)
             mark = json.loads(json_bytes(dict(fingerprint)))
             state = cls(partial, lock, _finished_stages(partial, mark), mark)
             state._save()
-        except BaseException:
-            lock.release()
-            raise
+            undo.pop_all()
         return state
 
     def stage(self, name: str) -> Path:
