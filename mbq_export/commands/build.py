@@ -3,12 +3,15 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mbq_export.commands import options
 from mbq_export.commands.console import Console
+
+if TYPE_CHECKING:
+    from mbq_export.pipeline.stages import BuildResult
 
 
 def command(
@@ -107,28 +110,12 @@ def _warn_skipped(console: Console, skipped: dict[str, str]) -> None:
         console.warn("W3016", f"no engine for {target}: {reason}")
 
 
-def _summary(result: Any, out: Path) -> dict[str, Any]:
+def _summary(result: "BuildResult", out: Path) -> dict[str, Any]:
     return {
         "bundle": str(out),
         "sha256": result.sha256,
         "seconds": result.seconds,
         "gates": [] if result.gates is None else [check.as_json() for check in result.gates.checks],
-        "engines": {
-            target: {
-                "library": record.library,
-                "verified": record.verified,
-                "why": record.reason,
-                "files": {
-                    name: {
-                        "bytes": file.size,
-                        "sha256": file.sha256,
-                        "layers": file.layers,
-                        "seconds": file.seconds,
-                    }
-                    for name, file in record.engines.items()
-                },
-            }
-            for target, record in result.engines.items()
-        },
+        "engines": result.facts["engines"],
         "skipped_engines": result.skipped_engines,
     }

@@ -122,9 +122,9 @@ def _single(
     *,
     stream: bool,
 ) -> None:
-    from mbq_export.calibrate.data import read_image
+    from mbq_export.families.pictures import read_picture
 
-    going = session.stream(prompt, [read_image(path) for path in paths], options=wanted)
+    going = session.stream(prompt, [read_picture(path) for path in paths], options=wanted)
     if stream and not console.as_json:
         for token in going:
             sys.stdout.write(_printable(token.text))
@@ -174,7 +174,7 @@ def _batch(
 def _answer_line(
     session: "Session", entry: dict[str, Any], folder: Path, wanted: "Options"
 ) -> dict[str, Any]:
-    from mbq_export.calibrate.data import read_image
+    from mbq_export.families.pictures import read_picture
     from mbq_export.reading import contained
 
     try:
@@ -185,7 +185,7 @@ def _answer_line(
                 why='{"id": ..., "prompt": ..., "images": [...]}',
             )
         images = [
-            read_image(contained(folder, name, code="E4305")) for name in entry.get("images", [])
+            read_picture(contained(folder, name, code="E4305")) for name in entry.get("images", [])
         ]
         return {
             "id": entry.get("id"),

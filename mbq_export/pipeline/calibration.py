@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from mbq_export.calibrate import Recipe, calibrate
-from mbq_export.calibrate.data import encode, read_manifest, token_shares
+from mbq_export.calibrate.data import encode, token_shares
 from mbq_export.channel_scales import ChannelScales
 from mbq_export.families.base import LoadedModel
 from mbq_export.pipeline.plan import Plan
@@ -31,30 +31,23 @@ def channel_scales(
     Returns:
         Scales of every unit; none for the unquantized baseline, which needs no data.
     """
-    if plan.scheme is None:
+    if plan.scheme is None or plan.data is None:
         return ChannelScales(
             scales={}, sensitivity={}, calib={"switches": plan.switches.resolved()}
         )
-    request = plan.request
-    data = read_manifest(
-        plan.data,
-        samples=request.samples,
-        seed=request.seed,
-        text_only_ok=request.text_only_ok,
-        skip_bad=request.skip_bad,
-    )
-    inputs = encode(data.samples, model.processor)
-    note(f"      data        {len(inputs)} samples · {token_shares(inputs)}")
+    inputs = encode(plan.data.samples, model.processor)
+    shares = token_shares(inputs)
+    note(f"      data        {plan.data.name}, {len(inputs)} samples · {shares}")
     facts = {
         "model": {"id": plan.source.name},
-        "data": {"sha256": data.sha256, "samples": len(inputs)},
+        "data": {"sha256": plan.data.sha256, "samples": len(inputs), "skipped": plan.data.skipped},
     }
     recipe = Recipe(
         scheme=plan.scheme,
-        group_size=request.group_size,
+        group_size=plan.request.group_size,
         switches=plan.switches,
-        seed=request.seed,
+        seed=plan.request.seed,
         facts=facts,
-        text_only_ok=request.text_only_ok,
+        text_only_ok=plan.request.text_only_ok,
     )
     return calibrate(model, inputs, recipe, state=state, progress=progress)

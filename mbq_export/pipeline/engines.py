@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from mbq_export.backends import BACKENDS
+from mbq_export.backends._tensorrt import ENGINE_RECORD
 from mbq_export.backends.base import (
-    Backend,
     EngineGraph,
     EngineRecord,
     EngineRequest,
@@ -15,11 +15,11 @@ from mbq_export.backends.base import (
     TensorSpec,
 )
 from mbq_export.checkpoint import KEPT
-from mbq_export.errors import InternalError
+from mbq_export.errors import GateError, InternalError, located
 from mbq_export.export.record import ExportRecord, GraphRecord, Port
 from mbq_export.pipeline.plan import Plan
-from mbq_export.progress import Progress
-from mbq_export.target import Target
+from mbq_export.progress import Progress, silent
+from mbq_export.reading import read_json
 
 TYPICAL_TILES: Final = 5
 LARGEST_CHUNK: Final = 512
@@ -27,7 +27,7 @@ LARGEST_CHUNK: Final = 512
 
 
 def build_engines(
-    plan: Plan, record: ExportRecord, *, onnx: Path, out: Path, progress: Progress
+    plan: Plan, record: ExportRecord, *, onnx: Path, out: Path, logs: Path, progress: Progress
 ) -> dict[str, EngineRecord]:
     """Build vision and decoder engines for every target that this machine can serve.
 
@@ -36,39 +36,70 @@ def build_engines(
         record: What was exported.
         onnx: Folder of the graphs.
         out: ``engines`` folder of the bundle; one folder per flavour, version and device appears in it.
+        logs: Where logs of a failed build stay.
         progress: Called after each target.
 
     Returns:
         One record per target, by its name.
+
+    Raises:
+        GateError: E1108 if an engine holds something else than was asked for, unless the gate is off.
     """
     targets = [target for target in plan.targets if str(target) not in plan.skipped_engines]
+    graphs = tuple(_graphs(plan, record, onnx))
     built: dict[str, EngineRecord] = {}
     for index, target in enumerate(targets):
         backend = BACKENDS[target.flavour]
-        request = EngineRequest(
-            graphs=tuple(_graphs(plan, record, onnx)),
-            sm=_sm(target),
-            out=out / _library_folder(backend) / target.folder,
-            timeout_s=plan.request.engine_timeout_s,
-            lowering="qdq",
-            op_level=target.op_level,
-        )
         if backend.build is None:
             raise InternalError("E9001", f"Backend {backend.name} builds no engines.")
-        built[str(target)] = backend.build(request, progress)
+        library = backend.available().found.replace(" ", "-")
+        request = EngineRequest(
+            graphs=graphs,
+            target=target,
+            out=out / library / target.folder,
+            logs=logs / f"{target.folder}-{library}",
+            timeout_s=plan.request.engine_timeout_s,
+        )
+        with located(str(target)):
+            built[str(target)] = backend.build(request, silent)
+            if plan.request.gate == "on":
+                _demand(built[str(target)])
         progress(index + 1, len(targets), str(target))
     return built
 
 
-def _library_folder(backend: Backend) -> str:
-    """Flavour and version, for example ``rtx-1.7.1.116``."""
-    return backend.available().found.replace(" ", "-")
+def engine_facts(folder: Path) -> list[dict[str, Any]]:
+    """What the engines of a bundle are, from their own records: the same after a resumed build."""
+    facts = []
+    for path in sorted(folder.rglob(ENGINE_RECORD)):
+        record = read_json(path, code="E4604")
+        kept = ("flavour", "version", "sm", "op_level", "verified", "why")
+        facts.append(
+            {
+                "folder": path.parent.relative_to(folder).as_posix(),
+                **{key: record[key] for key in kept},
+                "engines": {
+                    name: {
+                        key: engine[key]
+                        for key in ("bytes", "sha256", "layers", "lowering", "checks")
+                    }
+                    for name, engine in record["engines"].items()
+                },
+            }
+        )
+    return facts
 
 
-def _sm(target: Target) -> int:
-    if target.sm is None:
-        raise InternalError("E9001", f"Target {target} has no device.")
-    return target.sm
+def _demand(record: EngineRecord) -> None:
+    """Refuse an engine that dequantizes at run time, or has other inputs than the graph."""
+    if record.failed:
+        first = record.failed[0]
+        raise GateError(
+            "E1108",
+            f"{len(record.failed)} checks of the engine's layer table failed, the first is {first.name}.",
+            why=first.why,
+            fix="mbq-export inspect BUNDLE --layers, after a build with --gate warn",
+        )
 
 
 def _graphs(plan: Plan, record: ExportRecord, onnx: Path) -> list[EngineGraph]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from mbq_export import __version__
 from mbq_export.backends import BACKENDS
+from mbq_export.calibrate.data import CalibrationData, read_manifest
 from mbq_export.calibrate.methods import METHODS
 from mbq_export.channel_scales import Switches
 from mbq_export.checkpoint import KEPT
@@ -30,7 +31,7 @@ from mbq_export.state import revision_of
 from mbq_export.target import AUTO, SERVED, Target
 from mbq_export.writing import refuse_existing
 
-BUILTIN_DATA: Final = "builtin:shapes"
+DEFAULT_DATA: Final = "builtin:shapes"
 UNQUANTIZED_BITS: Final = 16
 HALF_BYTES: Final = 2
 # Disk: the checkpoint, and one graph per lowering at up to fp32 size, beside the final bundle's rename.
@@ -107,7 +108,7 @@ class Plan:
         text: Decoder sizes.
         scheme: Number format; None for the unquantized baseline.
         switches: Resolved switches.
-        data: Calibration manifest or a builtin set.
+        data: Chosen calibration samples, their pictures checked; None for the unquantized baseline.
         targets: Devices to build engines for, without ``cpu``.
         skipped_engines: Reason by target, where this machine cannot build.
         fingerprint: Whatever decides the result.
@@ -120,7 +121,7 @@ class Plan:
     text: TextShape
     scheme: QuantScheme | None
     switches: Switches
-    data: str
+    data: CalibrationData | None
     targets: tuple[Target, ...]
     skipped_engines: Mapping[str, str]
     fingerprint: Mapping[str, object]
@@ -194,7 +195,7 @@ def make_plan(request: BuildRequest) -> Plan:
         text=text,
         scheme=scheme,
         switches=switches,
-        data=_data(request),
+        data=_data(request) if scheme is not None else None,
         targets=targets,
         skipped_engines=skipped,
         fingerprint={},
@@ -266,20 +267,23 @@ def _check_gate(request: BuildRequest) -> None:
         )
 
 
-def _data(request: BuildRequest) -> str:
-    if request.data is not None:
-        return request.data
-    if (
-        request.model == SHIPPED
-        or request.method == "rtn"
-        or request.weight_bits == UNQUANTIZED_BITS
-    ):
-        return BUILTIN_DATA
-    raise UsageError(
-        "E2017",
-        f"--method {request.method} needs calibration data for {request.model}.",
-        why="scales are searched on pictures and answers like those of the deployment",
-        fix=("--data calib.jsonl", f"--data {BUILTIN_DATA} (a smoke test, not for real use)"),
+def _data(request: BuildRequest) -> CalibrationData:
+    name = request.data
+    if name is None and (request.model == SHIPPED or request.method == "rtn"):
+        name = DEFAULT_DATA
+    if name is None:
+        raise UsageError(
+            "E2017",
+            f"--method {request.method} needs calibration data for {request.model}.",
+            why="scales are searched on pictures and answers like those of the deployment",
+            fix=("--data calib.jsonl", f"--data {DEFAULT_DATA} (a smoke test, not for real use)"),
+        )
+    return read_manifest(
+        name,
+        samples=request.samples,
+        seed=request.seed,
+        text_only_ok=request.text_only_ok,
+        skip_bad=request.skip_bad,
     )
 
 
@@ -350,10 +354,9 @@ def _fingerprint(plan: Plan) -> dict[str, object]:
     shards = {
         path.name: sha256_of(path) for path in sorted(plan.source.folder.glob("*.safetensors"))
     }
-    data = plan.data if plan.data.startswith("builtin:") else sha256_of(Path(plan.data))
     return {
         "model": {"config": sha256_of(plan.source.folder / "config.json"), "shards": shards},
-        "data": {"manifest": data, "samples": request.samples, "skip_bad": request.skip_bad},
+        "data": None if plan.data is None else plan.data.sha256,
         "quant": {
             "scheme": plan.scheme_name,
             "group_size": request.group_size,

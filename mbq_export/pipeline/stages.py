@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from mbq_export import __version__
-from mbq_export.backends.base import EngineRecord
 from mbq_export.bundle import ENGINES, LOGS, ONNX, REPORTS, WEIGHTS, Bundle, seal
 from mbq_export.channel_scales import ChannelScales
 from mbq_export.checkpoint import QuantCheckpoint
@@ -25,10 +24,11 @@ from mbq_export.evaluate.validate import failure, validate_build
 from mbq_export.export import ExportRecord, GraphForm, export
 from mbq_export.families.base import LoadedModel
 from mbq_export.pipeline.calibration import channel_scales
-from mbq_export.pipeline.engines import build_engines
+from mbq_export.pipeline.engines import build_engines, engine_facts
 from mbq_export.pipeline.plan import BuildRequest, Plan, machine_class, make_plan, package_versions
 from mbq_export.progress import Progress
 from mbq_export.quantize import quantize
+from mbq_export.reading import read_json
 from mbq_export.report import Report
 from mbq_export.state import State, fingerprint_of
 from mbq_export.writing import explained, partial_path, publish
@@ -57,7 +57,6 @@ class BuildResult:
         sha256: Its identity.
         gates: Result of validation, None if it was switched off.
         facts: The manifest's facts without the file list.
-        engines: One record per target that was built.
         skipped_engines: Reason by target that was not.
         seconds: Wall time by stage; a stage that was resumed is missing.
     """
@@ -66,7 +65,6 @@ class BuildResult:
     sha256: str
     gates: Report | None
     facts: dict[str, Any]
-    engines: dict[str, EngineRecord]
     skipped_engines: dict[str, str]
     seconds: dict[str, float]
 
@@ -80,7 +78,6 @@ class _Work:
     listener: Listener
     log: Path
     seconds: dict[str, float] = field(default_factory=dict)
-    engines: dict[str, EngineRecord] = field(default_factory=dict)
 
     def folder(self, name: str) -> Path:
         """Output of a stage, inside the staged bundle."""
@@ -128,8 +125,8 @@ def build(request: BuildRequest, listener: Listener) -> BuildResult:
         checkpoint = QuantCheckpoint.open(work.folder(WEIGHTS), verify=False)
         work.run(4, ONNX, lambda progress: _export(work, checkpoint, progress))
         work.run(5, ENGINES, lambda progress: _engines(work, progress))
-        facts = _facts(plan, checkpoint)
         staged = state.stage(STAGED)
+        facts = _facts(plan, staged, checkpoint)
         gates = _validate(work, staged, facts)
         sha256 = seal(
             staged,
@@ -144,7 +141,6 @@ def build(request: BuildRequest, listener: Listener) -> BuildResult:
         sha256=sha256,
         gates=gates,
         facts=facts,
-        engines=work.engines,
         skipped_engines=dict(plan.skipped_engines),
         seconds=work.seconds,
     )
@@ -225,13 +221,24 @@ def _export(work: _Work, checkpoint: QuantCheckpoint, progress: Progress) -> Non
 
 
 def _engines(work: _Work, progress: Progress) -> None:
-    out = work.folder(ENGINES)
+    out, onnx = work.folder(ENGINES), work.folder(ONNX)
+    if out.exists():
+        shutil.rmtree(out)
     with explained(out):
-        out.mkdir(parents=True, exist_ok=True)
-    onnx = work.folder(ONNX)
-    work.engines = build_engines(
-        work.plan, ExportRecord.read(onnx), onnx=onnx, out=out, progress=progress
+        out.mkdir(parents=True)
+    record = ExportRecord.read(onnx)
+    built = build_engines(
+        work.plan, record, onnx=onnx, out=out, logs=work.log.parent, progress=progress
     )
+    for target, engines in built.items():
+        for name, file in engines.engines.items():
+            work.event(
+                "engine",
+                target=target,
+                engine=name,
+                seconds=file.seconds,
+                peak_rss_bytes=file.peak_rss_bytes,
+            )
 
 
 def _validate(work: _Work, staged: Path, facts: dict[str, Any]) -> Report | None:
@@ -263,9 +270,9 @@ def _override(plan: Plan) -> dict[str, str] | None:
     return None if request.gate == "on" else {"gate": request.gate, "reason": request.gate_reason}
 
 
-def _facts(plan: Plan, checkpoint: QuantCheckpoint) -> dict[str, Any]:
+def _facts(plan: Plan, staged: Path, checkpoint: QuantCheckpoint) -> dict[str, Any]:
     fingerprint = plan.fingerprint
-    calib = checkpoint.folder.parent / CALIBRATION / "calib.json"
+    calib = read_json(staged / CALIBRATION / "calib.json", code="E4314")
     return {
         "tool": {"name": "mbq-export", "version": __version__, "packages": package_versions()},
         "plan_hash": fingerprint_of(fingerprint),
@@ -276,10 +283,11 @@ def _facts(plan: Plan, checkpoint: QuantCheckpoint) -> dict[str, Any]:
             "model_type": plan.family.model_type,
             **dict(fingerprint["model"]),  # type: ignore[call-overload]
         },
-        "calibration": json.loads(calib.read_text()).get("data"),
+        "calibration": calib.get("data"),
         "quant": checkpoint.info,
         "limits": {"max_context": plan.max_context, "max_batch": 1},
         "targets": [str(target) for target in plan.targets],
+        "engines": engine_facts(staged / ENGINES),
         "skipped_engines": dict(plan.skipped_engines),
     }
 

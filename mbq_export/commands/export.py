@@ -1,0 +1,71 @@
+"""Stage 3 alone: a checkpoint becomes ONNX graphs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mbq_export.commands import options
+from mbq_export.commands.console import Console
+
+
+def command(
+    context: typer.Context,
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A folder made by quantize, or weights/ of a bundle.")
+    ],
+    out: options.Out,
+    lowering: Annotated[
+        str, typer.Option("--lowering", help="qdq, reference, or both with a comma.")
+    ] = "qdq",
+    runtime: Annotated[
+        str, typer.Option("--runtime", help="ort, or trt for any flavour of TensorRT.")
+    ] = "ort",
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="fp32 or fp16. Default: fp16 for trt.", show_default=False),
+    ] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option("--kv", help="concat or static. Default: static for trt.", show_default=False),
+    ] = None,
+    logits: Annotated[
+        str, typer.Option("--logits", help="all positions, or the last one.")
+    ] = "all",
+    max_context: Annotated[
+        int | None,
+        typer.Option("--max-context", help="Longest sequence.", min=1, show_default=False),
+    ] = None,
+) -> None:
+    """Write vision, embedding and decoder graphs.
+
+    mbq-export export out/weights --lowering reference,qdq -o graphs
+    """
+    from mbq_export.checkpoint import QuantCheckpoint
+    from mbq_export.export import GraphForm, export
+    from mbq_export.families.locate import family_of
+
+    console: Console = context.obj
+    for_trt = runtime == "trt"
+    forms = tuple(
+        GraphForm(
+            lowering=name,
+            target=runtime,
+            dtype=dtype or ("fp16" if for_trt else "fp32"),
+            kv=kv or ("static" if for_trt else "concat"),
+            logits=logits,
+            max_context=max_context,
+        )
+        for name in lowering.split(",")
+    )
+    opened = QuantCheckpoint.open(checkpoint)
+    with console.progress("export") as progress:
+        record = export(
+            opened, out, family=family_of(opened.config), forms=forms, progress=progress
+        )
+    rows = [
+        (graph.file, sum(graph.nodes.values()), graph.opset, graph.weight_bytes)
+        for graph in record.graphs
+    ]
+    console.table(("graph", "nodes", "opset", "weight bytes"), rows)
+    console.finish(record.as_json(), what=f"{out}  {len(record.graphs)} graphs")
