@@ -1,21 +1,51 @@
-"""Stage 5, run: Bundle -> tokens. `open_session` picks the graphs, a `Session` answers."""
+"""5  Bundle -> tokens: `open_session` picks the graphs, a `Session` answers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
+from mbq_export.backends import BACKENDS
+from mbq_export.backends.ort import open_graph
+from mbq_export.backends.torch import decoder_engine, embed_engine, fake_quant_model, vision_engine
+from mbq_export.checkpoint import QuantCheckpoint
+from mbq_export.errors import FormatError, UsageError
+from mbq_export.families.inputs import Processor
+from mbq_export.families.locate import family_of, read_config
+from mbq_export.reading import read_json
+from mbq_export.runtime.preprocess import HostMerge
+from mbq_export.runtime.request import Engines, Model
 from mbq_export.runtime.session import Session
+from mbq_export.tensor_file import TensorFile
 
 if TYPE_CHECKING:
-    from mbq_export.bundle import Bundle
+    from collections.abc import Callable
+    from pathlib import Path
 
-__all__ = ["Session", "open_session"]
+    from numpy.typing import NDArray
+
+    from mbq_export.backends.base import Engine
+    from mbq_export.bundle import Bundle
+    from mbq_export.families.base import ModelFamily
+
+__all__ = ["Session", "graph_record", "open_session"]
+
+# What export calls its files and graphs; a test holds them to `export.record`.
+RECORD: Final = "mbq_export.json"
+HOST_TENSORS: Final = "host_tensors.safetensors"
+NEWLINE: Final = "image_newline"
+VISION: Final = "vision_encoder"
+EMBED: Final = "embed_tokens"
+DECODER: Final = "decoder_model_merged"
+
+TORCH: Final = "torch"
+ORT: Final = "ort"
 
 
 def open_session(
     bundle: Bundle,
     *,
-    backend: str = "ort",
+    backend: str = ORT,
     lowering: str = "qdq",
     dtype: str = "fp32",
     threads: int = 0,
@@ -27,13 +57,107 @@ def open_session(
         bundle: An opened bundle.
         backend: ``ort``, or ``torch`` for the reference model, which needs no graphs.
         lowering: Form of the decoder graph; ``torch`` has none and ignores it.
-        dtype: ``fp32`` or ``fp16``.
-        threads: CPU threads; 0 takes all that this process may use.
+        dtype: ``fp32`` or ``fp16``; ``torch`` computes in fp32.
+        threads: CPU threads; 0 takes all that this process may use. ``torch`` has its own setting.
         accuracy_level: Of ONNX Runtime's 4-bit products: 0 exact, 4 int8 activations (fast, not exact).
 
     Raises:
         UsageError: E2001 if the bundle has no such graph, or there is no such backend.
         MachineError: E30xx if the backend does not work here.
         BuildError: E6010 if it refuses a graph.
+        FormatError: E40xx to E46xx for damaged files.
     """
-    raise NotImplementedError
+    config = read_config(bundle.checkpoint_folder)
+    family = family_of(config)
+    processor = Processor.from_folder(bundle.checkpoint_folder, family)
+    if backend == TORCH:
+        engines, newline = _oracle(bundle, family)
+    else:
+        engines = _graphs(bundle, _opener(backend, threads, accuracy_level), lowering, dtype)
+        newline = TensorFile(bundle.onnx / HOST_TENSORS).array(NEWLINE)
+    longest = family.text_shape(config).max_positions
+    limit = bundle.manifest.get("limits", {}).get("max_context") or longest
+    model = Model(
+        engines=engines,
+        preprocessor=processor,
+        merge=HostMerge(
+            family=family,
+            config=config,
+            newline=newline,
+            image_token_id=processor.image_token_id,
+        ),
+        limit=limit,
+    )
+    return Session(model, name=TORCH if backend == TORCH else f"{backend}:{lowering}")
+
+
+def graph_record(
+    bundle: Bundle, name: str, *, dtype: str = "fp32", lowering: str | None = None
+) -> dict[str, Any]:
+    """Return what the exporter recorded about one graph.
+
+    Args:
+        bundle: An opened bundle.
+        name: `VISION`, `EMBED` or `DECODER`.
+        dtype: ``fp32`` or ``fp16``.
+        lowering: Form of a decoder; the one for ONNX Runtime is taken.
+
+    Raises:
+        UsageError: E2001 if there is no such graph, naming those that are there.
+        FormatError: E4604 for a damaged record.
+    """
+    graphs = read_json(bundle.onnx / RECORD, code="E4604")["graphs"]
+    for graph in graphs:
+        form = graph["form"] or {}
+        fits = lowering is None or (form.get("lowering"), form.get("target")) == (lowering, ORT)
+        if (graph["name"], graph["dtype"]) == (name, dtype) and fits:
+            found: dict[str, Any] = graph
+            return found
+    raise UsageError(
+        "E2001",
+        f"The bundle has no {dtype} graph {' '.join(filter(None, (name, lowering)))}.",
+        why=f"it has {', '.join(graph['file'] for graph in graphs)}",
+        fix=("--lowering qdq", "--backend torch runs the checkpoint itself"),
+    )
+
+
+def _opener(backend: str, threads: int, accuracy_level: int) -> Callable[[Path], Engine]:
+    if backend == ORT:
+        return partial(open_graph, threads=threads, accuracy_level=accuracy_level)
+    found = BACKENDS[backend]
+    if found.isolated:
+        raise UsageError(
+            "E2001",
+            f"Sessions on {backend} are not part of this release.",
+            why="its engines are built here and run on a device with its own runtime",
+            fix=f"--backend {ORT}",
+        )
+    return found.open
+
+
+def _graphs(bundle: Bundle, load: Callable[[Path], Engine], lowering: str, dtype: str) -> Engines:
+    files = {
+        name: graph_record(bundle, name, dtype=dtype, lowering=form)["file"]
+        for name, form in ((VISION, None), (EMBED, None), (DECODER, lowering))
+    }
+    return Engines(
+        vision=load(bundle.onnx / files[VISION]),
+        embed=load(bundle.onnx / files[EMBED]),
+        decoder=load(bundle.onnx / files[DECODER]),
+    )
+
+
+def _oracle(bundle: Bundle, family: ModelFamily) -> tuple[Engines, NDArray[Any]]:
+    if not bundle.checkpoint_folder.is_dir():
+        raise FormatError(
+            "E4601",
+            f"The bundle has no {bundle.checkpoint_folder.name} folder.",
+            why="the torch backend runs the checkpoint, not the graphs",
+            fix="--backend ort",
+        )
+    checkpoint = QuantCheckpoint.open(bundle.checkpoint_folder, verify=False)
+    model = fake_quant_model(checkpoint)
+    engines = Engines(
+        vision=vision_engine(model), embed=embed_engine(model), decoder=decoder_engine(model)
+    )
+    return engines, checkpoint.tensor(family.newline)

@@ -1,4 +1,4 @@
-"""Text as it streams: whole characters only, up to a stop string, safe for a terminal.
+"""Text as it streams: whole characters only, up to a stop string.
 
 A character may span several tokens and a token's text may depend on the one before it, so a token is
 decoded together with its neighbours, and what could still change is held back::
@@ -8,16 +8,11 @@ decoded together with its neighbours, and what could still change is held back::
     released        "ä" "b"  "c"
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Final
 
 UNFINISHED: Final = "�"
 """What decoders put where the bytes of a character are not complete."""
-
-CONTROL: Final = re.compile(
-    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]"
-)
 
 
 class TextStream:
@@ -76,8 +71,3 @@ class TextStream:
         """Length of the longest end of the held text that a stop string could begin with."""
         ends = range(min(len(self._held), max(map(len, self._stop), default=1) - 1), 0, -1)
         return next((n for n in ends if any(s.startswith(self._held[-n:]) for s in self._stop)), 0)
-
-
-def printable(text: str) -> str:
-    """Escape what would control a terminal; line breaks and tabs stay."""
-    return CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)

@@ -1,12 +1,11 @@
-"""Streaming text: whole characters, stop strings, nothing that drives a terminal."""
+"""Streaming text: whole characters, stop strings."""
 
 from collections.abc import Sequence
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbq_export.runtime.text import TextStream, printable
+from mbq_export.runtime.text import TextStream
 
 WORDS = ("red", "circle", "at", "the", "top", ".")
 
@@ -76,16 +75,3 @@ def test_with_stop_strings_the_pieces_are_the_text_before_the_first(
     shortest = text[: min(ends)] if ends else text
     assert found == (shortest.removesuffix(stream.stopped) if ends else text)
     assert bool(stream.stopped) == bool(ends)
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("\x1b[2J", "\\x1b[2J"),
-        ("a\rb\x07\x7f\x9b", "a\\x0db\\x07\\x7f\\x9b"),
-        ("line\nand\ttab ä 😀", "line\nand\ttab ä 😀"),
-        ("\u202eright to left", "\\x202eright to left"),
-    ],
-)
-def test_nothing_reaches_a_terminal_that_would_control_it(text: str, shown: str) -> None:
-    assert printable(text) == shown
