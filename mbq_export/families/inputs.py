@@ -162,7 +162,7 @@ class Processor:
             tiles: Tiles the picture was cut into.
 
         Raises:
-            FormatError: E4307 if nothing but padding is left of the grid.
+            FormatError: E4307 for a picture too thin to be laid out in tiles.
         """
         merged = self.family.merge_images(
             np.empty((tiles, self.shape.tokens_per_tile, 0), np.float32),
@@ -171,13 +171,6 @@ class Processor:
             newline=np.empty(0, np.float32),
             config=self.config,
         )
-        if merged.shape[0] <= self.shape.tokens_per_tile + 1 and tiles > 1:
-            raise FormatError(
-                "E4307",
-                f"A picture of {size[1]} x {size[0]} pixels is too thin.",
-                why="laid on a grid of tiles, no row of patches is left of it",
-                fix="crop or pad the picture",
-            )
         return int(merged.shape[0])
 
     def decode(self, ids: Sequence[int]) -> str:
