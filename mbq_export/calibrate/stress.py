@@ -148,7 +148,7 @@ def channel_means(
         vision = torch.from_numpy(sample.token_classes == VISION)
         classes = torch.stack([vision, ~vision]).float()
         counts += classes.sum(1, keepdim=True)
-        module(**_feeds(sample), use_cache=False)
+        module(**sample.tensors(), use_cache=False)
     for handle in handles:
         handle.remove()
     return {key: ((total / counts)[0], (total / counts)[1]) for key, total in sums.items()}
@@ -183,15 +183,6 @@ def _multiply(layer: nn.Module, place: Smooth, factors: Tensor) -> None:
         parameter.mul_(factors.view(-1, *[1] * (parameter.ndim - 1)))
     for name in place.into:
         layer.get_submodule(name).get_parameter("weight").div_(factors)
-
-
-def _feeds(sample: ModelInputs) -> dict[str, Tensor]:
-    """Turn one sample with one picture into arguments of a LlavaOnevision forward call."""
-    return {
-        "input_ids": torch.from_numpy(sample.input_ids)[None],
-        "pixel_values": torch.from_numpy(sample.pixel_values)[None],
-        "image_sizes": torch.from_numpy(sample.image_sizes),
-    }
 
 
 def _check_float32(layers: Iterable[nn.Module]) -> None:

@@ -26,7 +26,7 @@ from mbq_export.calibrate.shapes import (
 )
 from mbq_export.calibrate.shapes_questions import CAPTION
 from mbq_export.evaluate.packed import Outcome, accuracy, answer_scenes, encoder
-from samples.tiny_vlm.inputs import HandMade, torch_feeds
+from samples.tiny_vlm.inputs import HandMade
 
 LONGEST_ANSWER: Final = 12
 BLIND_SCENES: Final = 20_000
@@ -44,7 +44,7 @@ def generated(model: Any, processor: HandMade, scenes: Iterable[Scene]) -> Itera
         for question in scene.questions:
             if question.kind == CAPTION:
                 continue
-            feeds = torch_feeds(processor.inputs(question.text, scene.image))
+            feeds = processor.inputs(question.text, scene.image).tensors()
             out = model.generate(**feeds, max_new_tokens=LONGEST_ANSWER, do_sample=False)
             said = processor.decode(out[0, feeds["input_ids"].shape[1] :])
             correct = said == question.answer

@@ -65,13 +65,3 @@ class HandMade:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def torch_feeds(sample: ModelInputs) -> dict[str, torch.Tensor]:
-    """Return the arguments of the model's forward and generate calls for one sample."""
-    return {
-        "input_ids": torch.from_numpy(sample.input_ids)[None],
-        "attention_mask": torch.ones(1, len(sample.input_ids), dtype=torch.long),
-        "pixel_values": torch.from_numpy(sample.pixel_values)[None],
-        "image_sizes": torch.from_numpy(sample.image_sizes),
-    }

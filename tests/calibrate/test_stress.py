@@ -25,7 +25,7 @@ from mbq_export.evaluate.packed import (
 from mbq_export.families.inputs import ModelInputs
 from mbq_export.schemes.affine import dequantize, quantize
 from mbq_export.schemes.w3a16 import SCHEME
-from samples.tiny_vlm.inputs import HandMade, torch_feeds
+from samples.tiny_vlm.inputs import HandMade
 
 WEIGHTS = Path(__file__).parents[2] / "samples" / "tiny_vlm" / "weights"
 
@@ -142,7 +142,7 @@ def test_means_tell_vision_from_text(inputs: list[ModelInputs]) -> None:
         lambda _module, args: caught.append(args[0][0])
     )
     with torch.no_grad():
-        model(**torch_feeds(sample))
+        model(**sample.tensors())
     handle.remove()
     vision, text = channel_means(model, layers, [sample])[0, "down"]
     torch.testing.assert_close(vision, caught[0][:78].abs().mean(0))

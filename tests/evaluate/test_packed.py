@@ -24,7 +24,7 @@ from mbq_export.evaluate.packed import (
     vision_states,
 )
 from samples.tiny_vlm.evaluate import generated
-from samples.tiny_vlm.inputs import HandMade, torch_feeds
+from samples.tiny_vlm.inputs import HandMade
 
 WEIGHTS = Path(__file__).parents[2] / "samples" / "tiny_vlm" / "weights"
 
@@ -82,10 +82,12 @@ def test_picture_tokens_equal_those_of_transformers(
     model: Any, processor: HandMade, scenes: list[Scene]
 ) -> None:
     image = scenes[0].image
-    feeds = torch_feeds(processor.inputs("what ?", image))
+    feeds = processor.inputs("what ?", image).tensors()
     with torch.no_grad():
         native = model.model.get_image_features(
-            pixel_values=feeds["pixel_values"], image_sizes=feeds["image_sizes"]
+            pixel_values=feeds["pixel_values"],
+            image_sizes=feeds["image_sizes"],
+            batch_num_images=feeds["batch_num_images"],
         )
         ours = image_embeddings(model, vision_states(model, pixels_from_images(image[None])))
     features = native.pooler_output if hasattr(native, "pooler_output") else native
@@ -102,7 +104,7 @@ def test_packed_logits_equal_those_of_one_question_at_a_time(
         states = vision_states(model, pixels)
         logits, rows = answer_logits(model, [scene.questions], states, encoder(processor.tokenizer))
         for segment, asked in enumerate(scene.questions, 1):
-            feeds = torch_feeds(processor.inputs(asked.text, scene.image, asked.answer))
+            feeds = processor.inputs(asked.text, scene.image, asked.answer).tensors()
             alone = model(**feeds).logits[0, 78:]
             packed = logits[0, rows.segments[0] == segment]
             torch.testing.assert_close(packed, alone, rtol=0, atol=1e-4)
@@ -128,7 +130,7 @@ def test_likelihood_of_an_answer_is_the_mean_over_its_tokens(
     ids = torch.from_numpy(sample.input_ids)
     start = len(processor.inputs(asked.text, scene.image).input_ids)
     with torch.no_grad():
-        scores = model(**torch_feeds(sample)).logits[0].log_softmax(-1)
+        scores = model(**sample.tensors()).logits[0].log_softmax(-1)
     wanted = -scores[start - 1 : -1].gather(1, ids[start:, None]).mean()
     assert first.nll == pytest.approx(float(wanted), abs=1e-5)
 

@@ -24,14 +24,15 @@ from mbq_export.evaluate.packed import (
     pixels_from_images,
 )
 from mbq_export.families.base import ANSWER, PROMPT, VISION
+from mbq_export.families.inputs import Processor
+from mbq_export.families.llava_onevision import FAMILY
 from samples.tiny_vlm import stages, train
 from samples.tiny_vlm.evaluate import load_model
 from samples.tiny_vlm.inputs import IMAGE_TOKENS, HandMade
 from samples.tiny_vlm.model import TOKEN_IDS, build_model, build_tokenizer, write_folder
 from samples.tiny_vlm.stress import stressed_folder
 
-FOLDER = Path(__file__).parents[2] / "samples" / "tiny_vlm"
-WEIGHTS = FOLDER / "weights"
+WEIGHTS = Path(__file__).parents[2] / "samples" / "tiny_vlm" / "weights"
 HASHES = {
     "chat_template.jinja": "b19d11f4cffa0d8e5fcfd0d2ccc18af9eb7b347cbbe7887f84a3a5462b1fc0a6",
     "config.json": "960b50258cd974051da2c1583f3614ecb02c9c2bf9f4ba5a4fd48327b0d7edc1",
@@ -130,6 +131,18 @@ def test_training_and_the_picture_processor_see_the_same_pixels(
     assert tiles.shape == (2, 3, 48, 48)
     for tile in tiles:
         assert np.abs(tile - pixels_from_images(image[None])[0].numpy()).max() < 1e-6
+
+
+def test_inputs_equal_those_of_the_package(processor: HandMade, image: Any) -> None:
+    package = Processor.from_folder(WEIGHTS, FAMILY)
+    for answer in (None, "top left red star , right blue 7"):
+        ours = processor.inputs("where is the red star ?", image, answer)
+        theirs = package.inputs("where is the red star ?", [Image.fromarray(image)], answer)
+        assert theirs.input_ids.tolist() == ours.input_ids.tolist()
+        assert theirs.token_classes.tolist() == ours.token_classes.tolist()
+        assert (theirs.pixel_values == ours.pixel_values).all()
+        assert theirs.image_sizes.tolist() == ours.image_sizes.tolist()
+        assert theirs.tiles_per_image.tolist() == ours.tiles_per_image.tolist()
 
 
 def test_inputs_equal_those_of_auto_processor(processor: HandMade, image: Any) -> None:
