@@ -235,14 +235,16 @@ def _refuse(message: str) -> NoReturn:
     )
 
 
-def _fits(value: object, kind: Any) -> bool:
+def _fits(value: Any, kind: Any) -> bool:
     """Whether a value is one that a type hint of `Switches` allows."""
     if get_origin(kind) in {Union, UnionType}:
         return any(_fits(value, part) for part in get_args(kind))
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind)
-    if kind in {int, float} and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return math.isfinite(value) and value >= 0 and (kind is float or isinstance(value, int))
+    if kind is int and type(value) is int:
+        return value >= 1
+    if kind is float and type(value) in {int, float}:
+        return math.isfinite(value) and value >= 0
     return type(value) is kind
 
 
@@ -252,6 +254,9 @@ def _spelt(kind: Any) -> str:
         return ", ".join(_spelt(part) for part in get_args(kind))
     if get_origin(kind) is Literal:
         return ", ".join(get_args(kind))
-    return {int: "a whole number", float: "a number", bool: "on, off", str: "text"}.get(
-        kind, "none"
-    )
+    return {
+        int: "a whole number from 1",
+        float: "a number from 0",
+        bool: "on, off",
+        str: "text",
+    }.get(kind, "none")

@@ -9,6 +9,7 @@ entries in an order of its own, so equal input would not give equal bytes.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -110,12 +111,12 @@ def write_tensors(
         ResourceError: E5001 if the disk is full, E5008 if the place is not writable.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    head = _header(((name, tensors[name]) for name in order), metadata or {})
+    head = memoryview(_header(((name, tensors[name]) for name in order), metadata or {}))
     digest, size = hashlib.sha256(), 0
     staged = partial_path(path)
     with explained(path):
         with staged.open("wb") as file:
-            for piece in (head, *(_little_endian(tensors[name]) for name in order)):
+            for piece in itertools.chain([head], (_bytes_of(tensors[name]) for name in order)):
                 file.write(piece)
                 digest.update(piece)
                 size += len(piece)
@@ -142,7 +143,7 @@ def _header(tensors: Iterable[tuple[str, NDArray[Any]]], metadata: Mapping[str, 
     return len(text).to_bytes(8, "little") + text
 
 
-def _little_endian(array: NDArray[Any]) -> memoryview:
+def _bytes_of(array: NDArray[Any]) -> memoryview:
     # Through uint8: memoryview does not know bfloat16.
     flat = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1)
-    return memoryview(flat.view(np.uint8))
+    return flat.view(np.uint8).data

@@ -58,7 +58,7 @@ def test_shapes_come_back_in_any_order(
 ) -> None:
     path = tmp_path_factory.mktemp("any") / "a.safetensors"
     rng = np.random.default_rng(0)
-    arrays: "dict[str, NDArray[Any]]" = {
+    arrays: dict[str, NDArray[Any]] = {
         f"t{i}": rng.random(shape).astype(np.float32 if i % 2 else np.float16)
         for i, shape in enumerate(shapes)
     }

@@ -1,6 +1,7 @@
 """A tiny random LLaVA-OneVision folder, as transformers saves one: real classes, 0.4 M parameters, no training.
 
 Tokenizer, chat template and image settings are those of the sample model, so prompts and pictures work.
+`tiny_checkpoint` makes a quantized checkpoint of it, with random channel scales folded in.
 """
 
 import json
@@ -9,8 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+from mbq_export.channel_scales import ChannelScales, Switches
+from mbq_export.checkpoint import QuantCheckpoint
+from mbq_export.families import FAMILIES
+from mbq_export.families.base import LoadedModel
+from mbq_export.quantize import quantize
+from mbq_export.schemes import SCHEMES
 
 SAMPLE_WEIGHTS = Path(__file__).parents[1] / "samples" / "tiny_vlm" / "weights"
 PROCESSOR_FILES = (
@@ -58,6 +67,43 @@ def write_tiny(folder: Path, tiny: Tiny | None = None) -> Path:
     for name in PROCESSOR_FILES:
         shutil.copyfile(SAMPLE_WEIGHTS / name, folder / name)
     return folder
+
+
+def load_tiny(folder: Path, tiny: Tiny | None = None) -> LoadedModel:
+    """Write the model into ``folder`` and load it."""
+    return FAMILIES["llava_onevision"].load(write_tiny(folder, tiny))
+
+
+def random_scales(model: LoadedModel, *, seed: int = 0) -> ChannelScales:
+    """Scales between 1/4 and 4 for every unit of every block, as a calibration would hand them on."""
+    rng = np.random.default_rng(seed)
+    text = model.text
+    widths = {"qkv": text.hidden, "gate_up": text.hidden, "down": text.intermediate}
+    scales = {}
+    for layer in range(text.layers):
+        for unit, width in widths.items():
+            scales[f"layers.{layer}.{unit}.e"] = 4 ** rng.uniform(-1, 1, width)
+        shared = 4 ** rng.uniform(-1, 1, (text.kv_heads, 1, text.head_dim))
+        copies = (text.kv_heads, text.heads // text.kv_heads, text.head_dim)
+        scales[f"layers.{layer}.o.e"] = np.broadcast_to(shared, copies).reshape(-1)
+    return ChannelScales(
+        scales={name: e.astype(np.float32) for name, e in scales.items()},
+        sensitivity={},
+        calib={"switches": Switches(method="mbq").resolved()},
+    )
+
+
+def tiny_checkpoint(
+    folder: Path, model: LoadedModel, *, scheme: str | None = "w3a16", group_size: int = 64
+) -> QuantCheckpoint:
+    """Quantize with `random_scales` into ``folder``; without a scheme nothing is rounded."""
+    return quantize(
+        model,
+        random_scales(model),
+        scheme=None if scheme is None else SCHEMES[scheme],
+        group_size=group_size,
+        out=folder,
+    )
 
 
 def _config(tiny: Tiny) -> dict[str, Any]:

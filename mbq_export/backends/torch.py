@@ -212,8 +212,8 @@ def _decode(model: LoadedModel, feeds: Mapping[str, torch.Tensor]) -> tuple[torc
     from transformers import DynamicCache
 
     family, module = model.family, model.module
-    decoder = module.get_submodule(family.blocks.rpartition(".")[0])
-    cache = DynamicCache(config=decoder.config)
+    decoder: Any = module.get_submodule(family.blocks.rpartition(".")[0])
+    cache: Any = DynamicCache(config=decoder.config)
     for layer in range(model.text.layers):
         keys = feeds[f"past_key_values.{layer}.key"]
         if keys.shape[2]:

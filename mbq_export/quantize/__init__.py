@@ -151,7 +151,7 @@ def _check_groups(model: LoadedModel, rounding: Rounding) -> None:
     first = model.module.get_submodule(f"{model.family.blocks}.0")
     for linear in model.family.linears:
         with located(model.family.linear_path(0, linear)):
-            groups_of(int(first.get_submodule(linear).weight.shape[1]), rounding.group_size)
+            groups_of(first.get_parameter(f"{linear}.weight").shape[1], rounding.group_size)
 
 
 def _check_blocks(scales: ChannelScales, count: int) -> None:

@@ -104,7 +104,7 @@ def _write_shards(
         names.append(sorted(shard))
         total_bytes += sum(array.nbytes for array in shard.values())
         write_tensors(staged / _numbered(len(names)), shard, metadata=METADATA)
-    places = {}
+    places: dict[str, str] = {}
     for number, members in enumerate(names, 1):
         # How many there are is known only now.
         final = f"model-{number:05}-of-{len(names):05}.safetensors"
