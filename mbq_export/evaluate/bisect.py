@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from mbq_export.evaluate.comparison import LinearError, StreamError
     from mbq_export.evaluate.metrics import Array
-    from mbq_export.evaluate.numeric import LinearError, StreamError
     from mbq_export.evaluate.taps import Values
     from mbq_export.evaluate.tolerances import Gates
 

@@ -1,305 +1,237 @@
-"""The numeric tier: where a tested decoder leaves the path of the reference, layer by layer and linear by linear.
+"""The numeric tier: run the same samples through both sides, tapped, and gate what the comparison finds.
 
-    linear    what it read, by the codes, in float64       ── column_errors ──►  what it returned
-    stream    reference after block i, per modality        ── cosine, norm ratio, error ──►  tested after block i
-
-A linear is checked on the input that the tested side itself gave it, so an error upstream does not spread into
-it and every bad linear is found, not only the first. The stream is compared with the reference model's own,
-which also sees norms, rotation, attention and residuals.
+Blocks are tapped a few at a time, so that memory holds what a few linears read and returned; every linear of
+every block is seen. The residual stream is compared on the way.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from mbq_export.evaluate.metrics import (
-    column_errors,
-    cosines,
-    norm_ratios,
-    relative_errors,
-    worst_high,
-    worst_low,
+from mbq_export.checkpoint import QuantCheckpoint
+from mbq_export.evaluate.bisect import FirstBad, Suspect, first_bad_op, named, suspect
+from mbq_export.evaluate.comparison import (
+    LinearError,
+    StreamComparison,
+    StreamError,
+    linear_check,
+    linear_errors,
+    stream_checks,
 )
-from mbq_export.evaluate.taps import role_of, stream_values
-from mbq_export.export.ops import INPUTS_EMBEDS, LOGITS, linear_input, linear_output
-from mbq_export.families.base import ANSWER, PROMPT, TOKEN_CLASSES, VISION
-from mbq_export.report import Check
-from mbq_export.schemes.oracle import dequantized
+from mbq_export.evaluate.sides import open_tested
+from mbq_export.evaluate.taps import linear_values, stream_values
+from mbq_export.export.ops import INPUTS_EMBEDS, hidden_value
+from mbq_export.families.base import TOKEN_CLASSES
+from mbq_export.progress import Progress, silent
+from mbq_export.tensor_file import write_tensors
+from mbq_export.writing import explained
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from mbq_export.checkpoint import QuantCheckpoint
-    from mbq_export.evaluate.metrics import Array, Rows
+    from mbq_export.evaluate.sides import Oracle, Setup
     from mbq_export.evaluate.taps import Values
     from mbq_export.evaluate.tolerances import Gates
-    from mbq_export.families.base import ModelFamily
+    from mbq_export.families.base import TextShape
+    from mbq_export.families.inputs import ModelInputs
+    from mbq_export.report import Check
 
-MODALITIES: Final = (VISION, PROMPT, ANSWER)
-NO_POSITIONS: Final = "not measured: no positions"
-"""Reason of a check whose modality does not occur in the data (W1104); such a check has not passed."""
+ROWS_PER_LINEAR: Final = 2048
+"""Positions that a linear is checked on: more would find no smaller fault, since every column counts by its worst."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinearError:
-    """The worst output column of one linear.
-
-    Attributes:
-        layer: Block.
-        linear: Module path relative to the block, also where the graph has fused it with others.
-        error: Its `column_errors` value.
-        column: Which output feature.
-        modality: Class of the worst position.
-    """
-
-    layer: int
-    linear: str
-    error: float
-    column: int
-    modality: str
-
-    @property
-    def place(self) -> str:
-        """Layer, linear and column, for people."""
-        return f"layers.{self.layer}.{self.linear} column {self.column}"
+TAP_BUDGET_BYTES: Final = 1 << 30
+FIRST_BAD_FILE: Final = "first_bad.safetensors"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamError:
-    """How one value of the stream lies to the reference's, over the positions of one modality.
+@dataclass(frozen=True, kw_only=True)
+class Numeric:
+    """What the tier found.
 
     Attributes:
-        value: Name of the value.
-        modality: Name of the token class.
-        cosine: Mean cosine.
-        cosine_worst: Cosine at the worst 1 % of positions.
-        norm_ratio: Mean norm ratio.
-        norm_off: Distance of the norm ratio from 1 at the worst 1 % of positions.
-        error: Largest relative error of any position.
-        positions: How many.
+        linears: Every linear.
+        stream: Every value along the stream, by modality.
+        checks: The gates.
+        first_bad: Where it begins, or None.
     """
 
-    value: str
-    modality: str
-    cosine: float
-    cosine_worst: float
-    norm_ratio: float
-    norm_off: float
-    error: float
-    positions: int
+    linears: list[LinearError]
+    stream: list[StreamError]
+    checks: list[Check]
+    first_bad: FirstBad | None
 
-    def breaks(self, gates: Gates) -> bool:
-        """Whether any of the gates on the stream is broken; NaN breaks all."""
-        kept = (
-            self.cosine >= gates.cosine_mean
-            and (gates.cosine_worst is None or self.cosine_worst >= gates.cosine_worst)
-            and self.norm_off_gated(gates) <= gates.norm_ratio
-            and (gates.relative_error is None or self.error <= gates.relative_error)
+    def as_json(self) -> dict[str, Any]:
+        """Return the maps of layers and modalities, and of layers and linears, that reports draw."""
+        return {
+            "stream": [
+                {
+                    "value": error.value,
+                    "modality": error.modality,
+                    "cosine": error.cosine,
+                    "norm_ratio": error.norm_ratio,
+                    "error": error.error,
+                }
+                for error in self.stream
+            ],
+            "linears": [
+                {"layer": error.layer, "linear": error.linear, "error": error.error}
+                for error in self.linears
+            ],
+        }
+
+
+@dataclass(kw_only=True)
+class _Kept:
+    """Rows of tapped values, collected over samples."""
+
+    rows_per_sample: int
+    parts: dict[str, list[NDArray[Any]]] = field(default_factory=lambda: defaultdict(list))
+    classes: list[NDArray[np.int8]] = field(default_factory=list)
+
+    def add(self, values: Values, names: Sequence[str], classes: NDArray[np.int8]) -> None:
+        """Keep rows of one sample, spread evenly."""
+        count = min(self.rows_per_sample, len(classes))
+        rows = np.linspace(0, len(classes) - 1, count).round().astype(np.int64)
+        for name in names:
+            self.parts[name].append(values[name][rows])
+        self.classes.append(classes[rows])
+
+    def joined(self) -> tuple[Values, NDArray[np.int8]]:
+        """Return all rows and their classes."""
+        return (
+            {name: np.concatenate(parts) for name, parts in self.parts.items()},
+            np.concatenate(self.classes),
         )
-        return not kept
-
-    def norm_off_gated(self, gates: Gates) -> float:
-        """The distance that the norm gate looks at: the worst positions for parity, the mean for quality."""
-        return self.norm_off if gates.cosine_worst is not None else abs(self.norm_ratio - 1)
 
 
-class StreamComparison:
-    """Collects the residual stream of both sides over samples."""
-
-    def __init__(self, layers: int) -> None:
-        """Start empty.
-
-        Args:
-            layers: Number of blocks.
-        """
-        self.values: Final = (INPUTS_EMBEDS, *stream_values(layers), LOGITS)
-        self._parts: dict[tuple[str, int], list[tuple[Rows, Rows, Rows]]] = defaultdict(list)
-
-    def add(self, reference: Values, tested: Values, classes: NDArray[np.int8]) -> None:
-        """Compare one sample.
-
-        Args:
-            reference: Value -> (T, C); all of `values` that are to be compared.
-            tested: The same values of the tested side.
-            classes: (T,) token classes.
-        """
-        for value in self.values:
-            if value not in reference:
-                continue
-            for kind in MODALITIES:
-                a, b = reference[value][classes == kind], tested[value][classes == kind]
-                if len(a):
-                    rows = (cosines(a, b), norm_ratios(a, b), relative_errors(a, b))
-                    self._parts[value, kind].append(rows)
-
-    def errors(self) -> list[StreamError]:
-        """Return one entry per value, in the order of computation, and per modality that occurred."""
-        return [
-            _stream_error(value, TOKEN_CLASSES[kind], self._parts[value, kind])
-            for value in self.values
-            for kind in MODALITIES
-            if self._parts[value, kind]
-        ]
-
-
-def _stream_error(
-    value: str, modality: str, parts: Sequence[tuple[Rows, Rows, Rows]]
-) -> StreamError:
-    cosine, ratio, error = (np.concatenate(rows) for rows in zip(*parts, strict=True))
-    return StreamError(
-        value=value,
-        modality=modality,
-        cosine=float(cosine.mean()),
-        cosine_worst=worst_low(cosine),
-        norm_ratio=float(ratio.mean()),
-        norm_off=worst_high(abs(ratio - 1)),
-        error=float(error.max()),
-        positions=len(cosine),
-    )
-
-
-def weights_of(checkpoint: QuantCheckpoint, module: str) -> tuple[Array, Array | None]:
-    """Return the (N, K) weights and the (N,) bias that a linear should have, quantized or not."""
-    if module in checkpoint.linears:
-        packed = checkpoint.packed(module)
-        return dequantized(packed), packed.bias
-    bias = f"{module}.bias"
-    return (
-        checkpoint.tensor(f"{module}.weight"),
-        checkpoint.tensor(bias) if checkpoint.has(bias) else None,
-    )
-
-
-def linear_errors(
-    checkpoint: QuantCheckpoint,
-    family: ModelFamily,
-    layer: int,
+def run_numeric(
+    setup: Setup,
+    oracle: Oracle,
+    samples: Sequence[ModelInputs],
     *,
-    values: Values,
-    classes: NDArray[np.int8],
-) -> list[LinearError]:
-    """Check every linear of one block on what it was given.
+    gates: Gates,
+    tensors: Path | None = None,
+    progress: Progress = silent,
+) -> Numeric:
+    """Compare both sides on teacher-forced samples.
 
     Args:
-        checkpoint: The truth.
-        family: Names of the linears.
-        layer: Block.
-        values: What the tested linears read and returned, (M, C) each.
-        classes: (M,) token classes of these positions.
-
-    Returns:
-        One entry per linear, in model order.
+        setup: What is tested.
+        oracle: Reference, with the weights of the bundle's checkpoint.
+        samples: At least one.
+        gates: Limits.
+        tensors: Folder for what both sides computed in the first bad block; None writes nothing.
+        progress: Called after each sample of each pass.
     """
-    found = []
-    for linear in family.linears:
-        role = role_of(linear)
-        weights, bias = weights_of(checkpoint, family.linear_path(layer, linear))
-        errors, positions = column_errors(
-            values[linear_input(layer, role)],
-            weights,
-            values[linear_output(layer, role)],
-            bias=bias,
-        )
-        column = int(errors.argmax())
-        found.append(
-            LinearError(
-                layer=layer,
-                linear=linear,
-                error=float(errors[column]),
-                column=column,
-                modality=TOKEN_CLASSES[int(classes[positions[column]])],
-            )
-        )
-    return found
-
-
-def linear_check(errors: Sequence[LinearError], gates: Gates) -> Check:
-    """Gate the worst linear."""
-    worst = max(errors, key=lambda error: error.error)
-    limit = gates.linear_error
-    ok = limit is None or worst.error <= limit
-    bad = [error for error in errors if limit is not None and not error.error <= limit]
-    return Check(
-        name="parity.linear",
-        tier="numeric",
-        ok=ok,
-        value=worst.error,
-        threshold=limit,
-        modality="" if ok else worst.modality,
-        place=worst.place,
-        why="" if ok else f"{len(bad)} of {len(errors)} linears, the first is {bad[0].place}",
+    checkpoint = QuantCheckpoint.open(setup.bundle.checkpoint_folder, verify=False)
+    text, family = oracle.model.text, oracle.model.family
+    comparison = StreamComparison(text.layers)
+    chunks = layer_chunks(text, rows=min(ROWS_PER_LINEAR, sum(len(s.input_ids) for s in samples)))
+    linears: list[LinearError] = []
+    for number, chunk in enumerate(chunks):
+        taps = tuple(name for layer in chunk for name in linear_values(layer, family.linears))
+        stream = stream_values(text.layers) if number == 0 else ()
+        kept = _Kept(rows_per_sample=max(1, ROWS_PER_LINEAR // len(samples)))
+        with open_tested(setup, oracle, (*taps, *stream)) as side:
+            for index, sample in enumerate(samples):
+                values = side.values(sample)
+                if stream:
+                    reference = oracle.values(sample, (INPUTS_EMBEDS, *stream))
+                    comparison.add(reference, values, sample.token_classes)
+                kept.add(values, taps, sample.token_classes)
+                done = number * len(samples) + index + 1
+                progress(done, len(chunks) * len(samples), f"layers {chunk[0]} to {chunk[-1]}")
+        values, classes = kept.joined()
+        for layer in chunk:
+            linears += linear_errors(checkpoint, family, layer, values=values, classes=classes)
+    errors = comparison.errors()
+    found = suspect(linears, errors, gates)
+    return Numeric(
+        linears=linears,
+        stream=errors,
+        checks=[linear_check(linears, gates), *stream_checks(errors, gates)],
+        first_bad=found and _look_closer(found, setup, oracle, samples, gates, tensors),
     )
 
 
-def stream_checks(
-    errors: Sequence[StreamError], gates: Gates, *, prefix: str = "parity"
-) -> list[Check]:
-    """Gate the stream: one check per metric and modality, each by the value that is worst in it."""
-    checks = []
-    for kind in MODALITIES:
-        modality = TOKEN_CLASSES[kind]
-        own = [error for error in errors if error.modality == modality]
-        checks += _modality_checks(own, gates, modality=modality, prefix=prefix)
-    return checks
+def layer_chunks(text: TextShape, *, rows: int) -> list[range]:
+    """Divide the blocks so that what is tapped of one part fits `TAP_BUDGET_BYTES`.
+
+    Args:
+        text: Widths of the linears.
+        rows: Positions kept.
+    """
+    heads = (text.heads + 2 * text.kv_heads) * text.head_dim
+    widths = 5 * text.hidden + text.heads * text.head_dim + heads + 3 * text.intermediate
+    size = max(1, TAP_BUDGET_BYTES // (4 * rows * widths))
+    return [range(start, min(start + size, text.layers)) for start in range(0, text.layers, size)]
 
 
-def _modality_checks(
-    errors: Sequence[StreamError], gates: Gates, *, modality: str, prefix: str
-) -> list[Check]:
-    limits: dict[str, float | None] = {
-        "cosine": gates.cosine_mean,
-        "cosine_worst": gates.cosine_worst,
-        "norm_ratio": gates.norm_ratio,
-        "relative_error": gates.relative_error,
-    }
-    checks = []
-    for name, limit in limits.items():
-        if limit is None:
-            continue
-        if not errors:
-            checks.append(
-                Check(
-                    name=f"{prefix}.{name}",
-                    tier="numeric",
-                    ok=None,
-                    threshold=limit,
-                    modality=modality,
-                    why=NO_POSITIONS,
-                )
-            )
-            continue
-        # How far each value is on the bad side of its limit; NaN counts as farthest.
-        found = {error.value: _gated(error, name, gates) for error in errors}
-        excess = {
-            value: limit - number if name.startswith("cosine") else number - limit
-            for value, number in found.items()
-        }
-        place = max(excess, key=lambda value: np.inf if np.isnan(excess[value]) else excess[value])
-        checks.append(
-            Check(
-                name=f"{prefix}.{name}",
-                tier="numeric",
-                ok=bool(excess[place] <= 0),
-                value=found[place],
-                threshold=limit,
-                modality=modality,
-                place=place,
-                why="" if excess[place] <= 0 else f"worst at {place}",
-            )
-        )
-    return checks
+def _look_closer(
+    found: Suspect,
+    setup: Setup,
+    oracle: Oracle,
+    samples: Sequence[ModelInputs],
+    gates: Gates,
+    tensors: Path | None,
+) -> FirstBad:
+    """Look inside the first bad block where its linears are right, and keep what was seen."""
+    occurring = _occurring(samples)
+    layers = oracle.model.text.layers
+    inside = found.value in {hidden_value(layer) for layer in range(layers)}
+    if not inside:
+        return named(found, occurring=occurring)
+    layer = found.position - 1
+    sample, sides = _worst_sample(layer, setup, oracle, samples)
+    if tensors is not None:
+        _write(tensors, sides)
+    looked = first_bad_op(layer, oracle.model.family.linears, sides, sample.token_classes, gates)
+    if found.linear is None:
+        return looked
+    return replace(named(found, occurring=occurring), statistics=looked.statistics)
 
 
-def _gated(error: StreamError, name: str, gates: Gates) -> float:
-    return {
-        "cosine": error.cosine,
-        "cosine_worst": error.cosine_worst,
-        "norm_ratio": error.norm_off_gated(gates),
-        "relative_error": error.error,
-    }[name]
+def _worst_sample(
+    layer: int, setup: Setup, oracle: Oracle, samples: Sequence[ModelInputs]
+) -> tuple[ModelInputs, tuple[Values, Values]]:
+    """Run all samples again, one block tapped; return the one whose block output is farthest off."""
+    family = oracle.model.family
+    names = (*linear_values(layer, family.linears), hidden_value(layer))
+    best: tuple[float, ModelInputs, tuple[Values, Values]] | None = None
+    with open_tested(setup, oracle, names) as side:
+        for sample in samples:
+            reference, found = oracle.values(sample, names), side.values(sample)
+            off = np.abs(found[hidden_value(layer)] - reference[hidden_value(layer)]).max()
+            distance = np.inf if np.isnan(off) else float(off)
+            if best is None or distance > best[0]:
+                best = (distance, sample, (_only(reference, names), _only(found, names)))
+    assert best is not None  # samples are never empty
+    return best[1], best[2]
+
+
+def _only(values: Values, names: Sequence[str]) -> Values:
+    return {name: values[name] for name in names}
+
+
+def _write(folder: Path, sides: tuple[Values, Values]) -> None:
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(
+        folder / FIRST_BAD_FILE,
+        {
+            f"{side}.{name}": np.asarray(value, np.float32)
+            for side, values in zip(("reference", "tested"), sides, strict=True)
+            for name, value in values.items()
+        },
+    )
+
+
+def _occurring(samples: Sequence[ModelInputs]) -> list[str]:
+    kinds = np.unique(np.concatenate([sample.token_classes for sample in samples]))
+    return [TOKEN_CLASSES[int(kind)] for kind in kinds]

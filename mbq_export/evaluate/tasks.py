@@ -5,18 +5,30 @@ So every interval here resamples pictures (clusters), never questions, and two m
 same questions, by their paired differences and by McNemar's test, never by two marginal intervals.
 """
 
+from __future__ import annotations
+
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mbq_export.errors import FormatError
+from mbq_export.errors import FormatError, located
+from mbq_export.families.pictures import read_picture
+from mbq_export.progress import Progress, silent
 from mbq_export.reading import contained, read_jsonl
+from mbq_export.report import Measurement
+from mbq_export.runtime.sampling import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    from mbq_export.runtime import Session
 
 DRAWS: Final = 2000
 LOW, HIGH = 2.5, 97.5
@@ -48,7 +60,7 @@ class Interval:
 
 def bootstrap_ci(
     values: Sequence[float] | NDArray[Any],
-    clusters: Sequence[int] | NDArray[Any],
+    clusters: Sequence[int | str] | NDArray[Any],
     *,
     draws: int = DRAWS,
     seed: int = 0,
@@ -84,7 +96,7 @@ def bootstrap_ci(
 def paired_difference(
     first: Sequence[float] | NDArray[Any],
     second: Sequence[float] | NDArray[Any],
-    clusters: Sequence[int] | NDArray[Any],
+    clusters: Sequence[int | str] | NDArray[Any],
     *,
     draws: int = DRAWS,
     seed: int = 0,
@@ -135,7 +147,8 @@ class Question:
 
     Attributes:
         name: Id in reports.
-        image: Picture of the question, also its cluster; None for a text-only question.
+        cluster: Questions of one picture share it.
+        image: Picture, or its file; None for a text-only question.
         prompt: What is asked.
         answers: Accepted answers; for ``choice`` the right one.
         score: Name of the rule in `RULES`.
@@ -144,7 +157,8 @@ class Question:
     """
 
     name: str
-    image: Path | None
+    cluster: str
+    image: Image | Path | None
     prompt: str
     answers: tuple[str, ...]
     score: str = "exact"
@@ -240,8 +254,10 @@ def _question(folder: Path, number: int, row: dict[str, Any]) -> Question:
             fix="mend the line",
         )
     image = row.get("image")
+    name = str(row.get("id", number))
     return Question(
-        name=str(row.get("id", number)),
+        name=name,
+        cluster=image or name,
         image=None if image is None else contained(folder, image, code="E4305"),
         prompt=row["prompt"],
         answers=tuple(answers),
@@ -253,3 +269,63 @@ def _question(folder: Path, number: int, row: dict[str, Any]) -> Question:
 
 def _texts(values: object) -> bool:
     return isinstance(values, list) and bool(values) and all(isinstance(v, str) for v in values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """One question and what became of it.
+
+    Attributes:
+        right: Whether it was answered rightly.
+        collapsed: What is wrong with the answer as text, or an empty string.
+    """
+
+    right: bool
+    collapsed: str
+
+
+def ask(
+    session: Session,
+    questions: Sequence[Question],
+    *,
+    new_tokens: int,
+    progress: Progress = silent,
+) -> list[Answered]:
+    """Ask a session every question, greedily.
+
+    Raises:
+        FormatError: E4304 or E4306 for a picture, with the question's name.
+    """
+    answers = []
+    for index, question in enumerate(questions):
+        with located(f"question {question.name}"):
+            image = (
+                read_picture(question.image) if isinstance(question.image, Path) else question.image
+            )
+            found = session.generate(
+                question.prompt,
+                [] if image is None else [image],
+                options=Options(max_new_tokens=new_tokens),
+            )
+        answers.append(Answered(right=is_right(question, found.text), collapsed=found.collapsed))
+        progress(index + 1, len(questions), f"question {question.name}")
+    return answers
+
+
+def task_measurements(
+    questions: Sequence[Question], answers: Sequence[Answered]
+) -> list[Measurement]:
+    """Accuracy with its interval, and by kind."""
+    right = np.array([answer.right for answer in answers])
+    kinds = np.array([question.kind for question in questions])
+    share = bootstrap_ci(right, [question.cluster for question in questions])
+    found = {
+        "task/accuracy": share.value,
+        "task/accuracy_low": share.low,
+        "task/accuracy_high": share.high,
+        "task/questions": share.n,
+        "task/pictures": share.clusters,
+    }
+    for kind in dict.fromkeys(kinds.tolist()):
+        found[f"task/accuracy/{kind}"] = float(right[kinds == kind].mean())
+    return [Measurement(name=name, value=value) for name, value in found.items()]

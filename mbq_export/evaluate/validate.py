@@ -9,17 +9,54 @@ Parity (does the graph compute what the codes say) and quality (how far are the 
 stay apart: their checks are named ``parity.*`` and ``quality.*`` and fail with E1101 and E1201.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
+from __future__ import annotations
 
-from mbq_export.bundle import Bundle
-from mbq_export.errors import GateError
+import logging
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+from mbq_export.backends.torch import fake_quant_model
+from mbq_export.checkpoint import KEPT, QuantCheckpoint
+from mbq_export.errors import GateError, UsageError, located
+from mbq_export.evaluate.comparison import NO_POSITIONS
+from mbq_export.evaluate.fidelity import quality_checks
+from mbq_export.evaluate.integrity import check_structure
+from mbq_export.evaluate.numeric import run_numeric
+from mbq_export.evaluate.samples import generated_questions, parity_samples
+from mbq_export.evaluate.sides import Oracle, Setup, open_tested
+from mbq_export.evaluate.tasks import ask, read_tasks, task_measurements
+from mbq_export.evaluate.tokens import (
+    collapse_check,
+    run_prompts,
+    token_checks,
+    token_measurements,
+)
+from mbq_export.evaluate.tolerances import (
+    BUILD_PROMPTS,
+    PARITY_FP32,
+    QUALITY,
+    REFERENCE_PROMPTS,
+)
 from mbq_export.progress import Progress, silent
-from mbq_export.report import Report
+from mbq_export.reading import read_json
+from mbq_export.report import Check, Measurement, Report, shown
+from mbq_export.runtime import ORT, RECORD
+from mbq_export.schemes import SCHEMES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from mbq_export.bundle import Bundle
+    from mbq_export.families.inputs import ModelInputs
+
+logger = logging.getLogger(__name__)
 
 TIERS: Final = ("structure", "numeric", "tokens", "task")
 DEFAULT_TIERS: Final = TIERS[:3]
+REFERENCE: Final = "reference"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +108,14 @@ def validate(
         UsageError: E2001 for an unknown tier, backend or lowering.
         MachineError: E3003 if the backend is not here.
     """
-    raise NotImplementedError
+    chosen = validation or Validation()
+    _check_tiers(chosen.tiers)
+    run = _Run(bundle=bundle, validation=chosen, progress=progress)
+    for tier in TIERS:
+        if tier in chosen.tiers:
+            with located(tier):
+                getattr(run, tier)()
+    return run.report()
 
 
 def validate_build(bundle: Bundle, *, progress: Progress = silent) -> Report:
@@ -80,12 +124,237 @@ def validate_build(bundle: Bundle, *, progress: Progress = silent) -> Report:
     `tolerances.BUILD_PROMPTS` prompts on ``qdq``, `tolerances.REFERENCE_PROMPTS` on ``reference``, whose checks
     are in tiers ``numeric@reference`` and ``tokens@reference``.
     """
-    raise NotImplementedError
+    main = validate(bundle, Validation(prompts=BUILD_PROMPTS), progress=progress)
+    if REFERENCE not in lowerings_of(bundle):
+        return main
+    second = validate(
+        bundle,
+        Validation(tiers=DEFAULT_TIERS[1:], lowering=REFERENCE, prompts=REFERENCE_PROMPTS),
+        progress=progress,
+    )
+    return _joined(main, second, REFERENCE)
 
 
 def failure(report: Report) -> GateError | None:
     """Return the error that a failed report stands for, naming the first bad layer; None if it passed.
 
-    E1101 for parity, E1102 if a norm ratio is off, E1105 for collapsed output, E1201 for quality.
+    E1101 for parity, E1102 if a norm ratio is off, E1103 for results that are not finite, E1105 for collapsed
+    output, E1201 for quality.
     """
-    raise NotImplementedError
+    failed = [check for check in report.checks if check.ok is False]
+    if not failed:
+        return None
+    first = failed[0]
+    bad = report.details.get("first_bad")
+    place = _place(bad) if bad else first.place
+    limit = f", limit {shown(first.threshold)}" if first.threshold is not None else ""
+    others = f"; {len(failed)} of {len(report.checks)} checks failed" if len(failed) > 1 else ""
+    return GateError(
+        _code(first),
+        f"{first.tier} {first.name} is {shown(first.value)}{limit}"
+        + (f" at {place}" if place else "")
+        + others
+        + ".",
+        why=" ".join(filter(None, [first.why, bad["hint"] if bad else ""])),
+        fix=_fixes(first),
+        context={"failed": [check.name for check in failed], "first_bad": bad},
+    )
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """One validation under way."""
+
+    bundle: Bundle
+    validation: Validation
+    progress: Progress
+    checks: list[Check] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    warnings: list[dict[str, str]] = field(default_factory=list)
+
+    @cached_property
+    def checkpoint(self) -> QuantCheckpoint:
+        return QuantCheckpoint.open(self.bundle.checkpoint_folder, verify=False)
+
+    @cached_property
+    def oracle(self) -> Oracle:
+        return Oracle(fake_quant_model(self.checkpoint))
+
+    @property
+    def setup(self) -> Setup:
+        chosen = self.validation
+        return Setup(
+            bundle=self.bundle,
+            backend=chosen.backend,
+            lowering=chosen.lowering,
+            threads=chosen.threads,
+        )
+
+    def structure(self) -> None:
+        """Check every file, without running anything."""
+        checks, warnings = check_structure(self.bundle, progress=self.progress)
+        self.checks += checks
+        self.warnings += warnings
+
+    def numeric(self) -> None:
+        """Compare linears and layers."""
+        chosen = self.validation
+        samples = parity_samples(chosen.data, chosen.samples, self.oracle.model.processor)
+        found = run_numeric(
+            self.setup,
+            self.oracle,
+            samples,
+            gates=PARITY_FP32,
+            tensors=chosen.tensors,
+            progress=self.progress,
+        )
+        self.checks += found.checks
+        self.details |= {
+            "first_bad": found.first_bad and found.first_bad.as_json(),
+            "layers": found.as_json(),
+        }
+        if chosen.full_precision is not None:
+            self.checks += self.quality(chosen.full_precision, samples)
+
+    def quality(self, folder: Path, samples: Sequence[ModelInputs]) -> list[Check]:
+        """Compare the checkpoint's model with the full-precision one."""
+        scheme = self.checkpoint.scheme_name
+        if scheme == KEPT:
+            return []
+        model = self.oracle.model.family.load(folder)
+        return quality_checks(
+            Oracle(model), self.oracle, samples, QUALITY[SCHEMES[scheme].weight_bits]
+        )
+
+    def tokens(self) -> None:
+        """Compare answers."""
+        chosen = self.validation
+        samples = parity_samples(
+            chosen.data, chosen.prompts or chosen.samples, self.oracle.model.processor
+        )
+        with open_tested(self.setup, self.oracle) as side:
+            results = run_prompts(
+                self.oracle,
+                side,
+                samples,
+                new_tokens=chosen.new_tokens,
+                gates=PARITY_FP32,
+                progress=self.progress,
+            )
+        self.checks += token_checks(results, PARITY_FP32)
+        self.measurements += token_measurements(results)
+
+    def task(self) -> None:
+        """Ask questions."""
+        chosen = self.validation
+        questions = (
+            generated_questions(chosen.questions)
+            if chosen.data is None
+            else read_tasks(chosen.data)[: chosen.questions]
+        )
+        with self.setup.open() as session:
+            answers = ask(session, questions, new_tokens=chosen.new_tokens, progress=self.progress)
+        self.measurements += task_measurements(questions, answers)
+        self.details["task"] = [
+            {"id": question.name, "kind": question.kind, "right": answer.right}
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+        self.checks.append(collapse_check([answer.collapsed for answer in answers], tier="task"))
+
+    def report(self) -> Report:
+        """Put everything into one report."""
+        missing = sorted({check.modality for check in self.checks if check.why == NO_POSITIONS})
+        warnings = self.warnings + [
+            {"code": "MBQ-W1104", "text": f"{modality} was not measured: it has no positions"}
+            for modality in missing
+        ]
+        for warning in warnings:
+            logger.warning("%s: %s", warning["code"], warning["text"])
+        return Report(
+            kind="validate",
+            checks=tuple(self.checks),
+            measurements=tuple(self.measurements),
+            context={
+                "bundle": self.bundle.name,
+                "sha256": self.bundle.sha256,
+                "backend": self.validation.backend,
+                "lowering": self.validation.lowering,
+            },
+            details={
+                "first_bad": None,
+                **self.details,
+                "tiers": by_tier(self.checks),
+                "warnings": warnings,
+            },
+        )
+
+
+def lowerings_of(bundle: Bundle) -> list[str]:
+    """Lowerings of the decoder that ONNX Runtime can run in float32."""
+    graphs = read_json(bundle.onnx / RECORD, code="E4604")["graphs"]
+    forms = [g["form"] for g in graphs if g["form"] and g["dtype"] == "fp32"]
+    return [form["lowering"] for form in forms if form["target"] == ORT]
+
+
+def by_tier(checks: Iterable[Check]) -> dict[str, Any]:
+    """Group checks: per tier whether every one passed, and the gates. One that was not run has not passed."""
+    tiers: dict[str, list[Check]] = {}
+    for check in checks:
+        tiers.setdefault(check.tier, []).append(check)
+    return {
+        tier: {"pass": all(check.ok for check in own), "gates": [c.as_json() for c in own]}
+        for tier, own in tiers.items()
+    }
+
+
+def _joined(main: Report, second: Report, name: str) -> Report:
+    """Put the checks of another lowering behind the main ones, their tiers named after it."""
+    checks = (*main.checks, *(replace(c, tier=f"{c.tier}@{name}") for c in second.checks))
+    measured = (replace(m, name=f"{name}/{m.name}") for m in second.measurements)
+    first_bad = main.details["first_bad"] or second.details["first_bad"]
+    return replace(
+        main,
+        checks=checks,
+        measurements=(*main.measurements, *measured),
+        details={
+            **main.details,
+            "first_bad": first_bad,
+            "tiers": by_tier(checks),
+            "warnings": [*main.details["warnings"], *second.details["warnings"]],
+        },
+    )
+
+
+def _check_tiers(tiers: Sequence[str]) -> None:
+    unknown = [tier for tier in tiers if tier not in TIERS]
+    if unknown:
+        raise UsageError(
+            "E2001",
+            f"Unknown tier {unknown[0]!r}.",
+            why=f"known: {', '.join(TIERS)}, all",
+            fix=f"--tier {DEFAULT_TIERS[-1]}",
+        )
+
+
+def _code(check: Check) -> str:
+    if check.value is not None and not math.isfinite(check.value):
+        return "E1103"
+    if check.name.startswith("quality"):
+        return "E1201"
+    return {"parity.norm_ratio": "E1102", "collapse": "E1105"}.get(check.name, "E1101")
+
+
+def _place(bad: dict[str, Any]) -> str:
+    layer = "" if bad["layer"] is None else f"layer {bad['layer']} "
+    column = "" if bad["column"] is None else f" column {bad['column']}"
+    return f"{layer}{bad['op']}{column}, {bad['modality']} positions"
+
+
+def _fixes(check: Check) -> tuple[str, ...]:
+    if check.name.startswith("quality") or check.name == "collapse":
+        return ("use more bits, a smaller --group-size, or calibration data like the deployment's",)
+    return (
+        "mbq-export validate BUNDLE -o DIR keeps the tensors at the first bad place",
+        "export the model again; build --gate warn publishes it all the same",
+    )

@@ -13,7 +13,7 @@ from mbq_export.evaluate.bisect import (
     statistics,
     suspect,
 )
-from mbq_export.evaluate.numeric import LinearError, StreamError
+from mbq_export.evaluate.comparison import LinearError, StreamError
 from mbq_export.evaluate.tolerances import PARITY_FP32
 from mbq_export.families.base import ANSWER, LINEARS, PROMPT, VISION
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mbq_export.evaluate.metrics import cosines
-from mbq_export.evaluate.numeric import (
+from mbq_export.evaluate.comparison import (
     NO_POSITIONS,
     StreamComparison,
     linear_check,

@@ -1,0 +1,305 @@
+"""Where a tested decoder leaves the path of the reference: layer by layer, and linear by linear.
+
+    linear    what it read, by the codes, in float64       ── column_errors ──►  what it returned
+    stream    reference after block i, per modality        ── cosine, norm ratio, error ──►  tested after block i
+
+A linear is checked on the input that the tested side itself gave it, so an error upstream does not spread into
+it and every bad linear is found, not only the first. The stream is compared with the reference model's own,
+which also sees norms, rotation, attention and residuals.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from mbq_export.evaluate.metrics import (
+    column_errors,
+    cosines,
+    norm_ratios,
+    relative_errors,
+    worst_high,
+    worst_low,
+)
+from mbq_export.evaluate.taps import role_of, stream_values
+from mbq_export.export.ops import INPUTS_EMBEDS, LOGITS, linear_input, linear_output
+from mbq_export.families.base import ANSWER, PROMPT, TOKEN_CLASSES, VISION
+from mbq_export.report import Check
+from mbq_export.schemes.oracle import dequantized
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from mbq_export.checkpoint import QuantCheckpoint
+    from mbq_export.evaluate.metrics import Array, Rows
+    from mbq_export.evaluate.taps import Values
+    from mbq_export.evaluate.tolerances import Gates
+    from mbq_export.families.base import ModelFamily
+
+MODALITIES: Final = (VISION, PROMPT, ANSWER)
+NO_POSITIONS: Final = "not measured: no positions"
+"""Reason of a check whose modality does not occur in the data (W1104); such a check has not passed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearError:
+    """The worst output column of one linear.
+
+    Attributes:
+        layer: Block.
+        linear: Module path relative to the block, also where the graph has fused it with others.
+        error: Its `column_errors` value.
+        column: Which output feature.
+        modality: Class of the worst position.
+    """
+
+    layer: int
+    linear: str
+    error: float
+    column: int
+    modality: str
+
+    @property
+    def place(self) -> str:
+        """Layer, linear and column, for people."""
+        return f"layers.{self.layer}.{self.linear} column {self.column}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamError:
+    """How one value of the stream lies to the reference's, over the positions of one modality.
+
+    Attributes:
+        value: Name of the value.
+        modality: Name of the token class.
+        cosine: Mean cosine.
+        cosine_worst: Cosine at the worst 1 % of positions.
+        norm_ratio: Mean norm ratio.
+        norm_off: Distance of the norm ratio from 1 at the worst 1 % of positions.
+        error: Largest relative error of any position.
+        positions: How many.
+    """
+
+    value: str
+    modality: str
+    cosine: float
+    cosine_worst: float
+    norm_ratio: float
+    norm_off: float
+    error: float
+    positions: int
+
+    def breaks(self, gates: Gates) -> bool:
+        """Whether any of the gates on the stream is broken; NaN breaks all."""
+        kept = (
+            self.cosine >= gates.cosine_mean
+            and (gates.cosine_worst is None or self.cosine_worst >= gates.cosine_worst)
+            and self.norm_off_gated(gates) <= gates.norm_ratio
+            and (gates.relative_error is None or self.error <= gates.relative_error)
+        )
+        return not kept
+
+    def norm_off_gated(self, gates: Gates) -> float:
+        """The distance that the norm gate looks at: the worst positions for parity, the mean for quality."""
+        return self.norm_off if gates.cosine_worst is not None else abs(self.norm_ratio - 1)
+
+
+class StreamComparison:
+    """Collects the residual stream of both sides over samples."""
+
+    def __init__(self, layers: int) -> None:
+        """Start empty.
+
+        Args:
+            layers: Number of blocks.
+        """
+        self.values: Final = (INPUTS_EMBEDS, *stream_values(layers), LOGITS)
+        self._parts: dict[tuple[str, int], list[tuple[Rows, Rows, Rows]]] = defaultdict(list)
+
+    def add(self, reference: Values, tested: Values, classes: NDArray[np.int8]) -> None:
+        """Compare one sample.
+
+        Args:
+            reference: Value -> (T, C); all of `values` that are to be compared.
+            tested: The same values of the tested side.
+            classes: (T,) token classes.
+        """
+        for value in self.values:
+            if value not in reference:
+                continue
+            for kind in MODALITIES:
+                a, b = reference[value][classes == kind], tested[value][classes == kind]
+                if len(a):
+                    rows = (cosines(a, b), norm_ratios(a, b), relative_errors(a, b))
+                    self._parts[value, kind].append(rows)
+
+    def errors(self) -> list[StreamError]:
+        """Return one entry per value, in the order of computation, and per modality that occurred."""
+        return [
+            _stream_error(value, TOKEN_CLASSES[kind], self._parts[value, kind])
+            for value in self.values
+            for kind in MODALITIES
+            if self._parts[value, kind]
+        ]
+
+
+def _stream_error(
+    value: str, modality: str, parts: Sequence[tuple[Rows, Rows, Rows]]
+) -> StreamError:
+    cosine, ratio, error = (np.concatenate(rows) for rows in zip(*parts, strict=True))
+    return StreamError(
+        value=value,
+        modality=modality,
+        cosine=float(cosine.mean()),
+        cosine_worst=worst_low(cosine),
+        norm_ratio=float(ratio.mean()),
+        norm_off=worst_high(abs(ratio - 1)),
+        error=float(error.max()),
+        positions=len(cosine),
+    )
+
+
+def weights_of(checkpoint: QuantCheckpoint, module: str) -> tuple[Array, Array | None]:
+    """Return the (N, K) weights and the (N,) bias that a linear should have, quantized or not."""
+    if module in checkpoint.linears:
+        packed = checkpoint.packed(module)
+        return dequantized(packed), packed.bias
+    bias = f"{module}.bias"
+    return (
+        checkpoint.tensor(f"{module}.weight"),
+        checkpoint.tensor(bias) if checkpoint.has(bias) else None,
+    )
+
+
+def linear_errors(
+    checkpoint: QuantCheckpoint,
+    family: ModelFamily,
+    layer: int,
+    *,
+    values: Values,
+    classes: NDArray[np.int8],
+) -> list[LinearError]:
+    """Check every linear of one block on what it was given.
+
+    Args:
+        checkpoint: The truth.
+        family: Names of the linears.
+        layer: Block.
+        values: What the tested linears read and returned, (M, C) each.
+        classes: (M,) token classes of these positions.
+
+    Returns:
+        One entry per linear, in model order.
+    """
+    found = []
+    for linear in family.linears:
+        role = role_of(linear)
+        weights, bias = weights_of(checkpoint, family.linear_path(layer, linear))
+        errors, positions = column_errors(
+            values[linear_input(layer, role)],
+            weights,
+            values[linear_output(layer, role)],
+            bias=bias,
+        )
+        column = int(errors.argmax())
+        found.append(
+            LinearError(
+                layer=layer,
+                linear=linear,
+                error=float(errors[column]),
+                column=column,
+                modality=TOKEN_CLASSES[int(classes[positions[column]])],
+            )
+        )
+    return found
+
+
+def linear_check(errors: Sequence[LinearError], gates: Gates) -> Check:
+    """Gate the worst linear."""
+    worst = max(errors, key=lambda error: error.error)
+    limit = gates.linear_error
+    ok = limit is None or worst.error <= limit
+    bad = [error for error in errors if limit is not None and not error.error <= limit]
+    return Check(
+        name="parity.linear",
+        tier="numeric",
+        ok=ok,
+        value=worst.error,
+        threshold=limit,
+        modality="" if ok else worst.modality,
+        place=worst.place,
+        why="" if ok else f"{len(bad)} of {len(errors)} linears, the first is {bad[0].place}",
+    )
+
+
+def stream_checks(
+    errors: Sequence[StreamError], gates: Gates, *, prefix: str = "parity"
+) -> list[Check]:
+    """Gate the stream: one check per metric and modality, each by the value that is worst in it."""
+    checks = []
+    for kind in MODALITIES:
+        modality = TOKEN_CLASSES[kind]
+        own = [error for error in errors if error.modality == modality]
+        checks += _modality_checks(own, gates, modality=modality, prefix=prefix)
+    return checks
+
+
+def _modality_checks(
+    errors: Sequence[StreamError], gates: Gates, *, modality: str, prefix: str
+) -> list[Check]:
+    limits: dict[str, float | None] = {
+        "cosine": gates.cosine_mean,
+        "cosine_worst": gates.cosine_worst,
+        "norm_ratio": gates.norm_ratio,
+        "relative_error": gates.relative_error,
+    }
+    checks = []
+    for name, limit in limits.items():
+        if limit is None:
+            continue
+        if not errors:
+            checks.append(
+                Check(
+                    name=f"{prefix}.{name}",
+                    tier="numeric",
+                    ok=None,
+                    threshold=limit,
+                    modality=modality,
+                    why=NO_POSITIONS,
+                )
+            )
+            continue
+        # How far each value is on the bad side of its limit; NaN counts as farthest.
+        found = {error.value: _gated(error, name, gates) for error in errors}
+        excess = {
+            value: limit - number if name.startswith("cosine") else number - limit
+            for value, number in found.items()
+        }
+        place = max(excess, key=lambda value: np.inf if np.isnan(excess[value]) else excess[value])
+        checks.append(
+            Check(
+                name=f"{prefix}.{name}",
+                tier="numeric",
+                ok=bool(excess[place] <= 0),
+                value=found[place],
+                threshold=limit,
+                modality=modality,
+                place=place,
+                why="" if excess[place] <= 0 else f"worst at {place}",
+            )
+        )
+    return checks
+
+
+def _gated(error: StreamError, name: str, gates: Gates) -> float:
+    return {
+        "cosine": error.cosine,
+        "cosine_worst": error.cosine_worst,
+        "norm_ratio": error.norm_off_gated(gates),
+        "relative_error": error.error,
+    }[name]

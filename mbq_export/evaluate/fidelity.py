@@ -1,0 +1,74 @@
+"""Quality: how far the checkpoint's model is from the full-precision one. Says nothing about graphs.
+
+full precision ──► stream, logits ─┐
+                                   ├── cosine, norm ratio, agreement, KL ──► quality.*
+checkpoint (torch) ──► the same ───┘
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from mbq_export.evaluate.comparison import StreamComparison, stream_checks
+from mbq_export.evaluate.metrics import divergences
+from mbq_export.evaluate.sides import answer_rows, prompt_of
+from mbq_export.evaluate.taps import stream_values
+from mbq_export.export.ops import INPUTS_EMBEDS, LOGITS
+from mbq_export.report import Check
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mbq_export.evaluate.sides import Oracle
+    from mbq_export.evaluate.tolerances import Gates
+    from mbq_export.families.inputs import ModelInputs
+
+TIER: Final = "numeric"
+
+
+def quality_checks(
+    full: Oracle, quantized: Oracle, samples: Sequence[ModelInputs], gates: Gates
+) -> list[Check]:
+    """Compare two models on teacher-forced samples.
+
+    Args:
+        full: The full-precision model.
+        quantized: The checkpoint's.
+        samples: With answers.
+        gates: One of `tolerances.QUALITY`.
+
+    Returns:
+        Checks named ``quality.*``: the stream per modality, agreement and mean KL at the answers' positions.
+    """
+    names = (INPUTS_EMBEDS, *stream_values(full.model.text.layers))
+    comparison = StreamComparison(full.model.text.layers)
+    nats, same = [], []
+    for sample in samples:
+        reference, found = full.values(sample, names), quantized.values(sample, names)
+        comparison.add(reference, found, sample.token_classes)
+        a, b = (answer_rows(side[LOGITS], prompt_of(sample)) for side in (reference, found))
+        nats.append(divergences(a, b))
+        same.append(a.argmax(-1) == b.argmax(-1))
+    agreement = float(np.concatenate(same).mean())
+    divergence = float(np.concatenate(nats).mean())
+    return [
+        *stream_checks(comparison.errors(), gates, prefix="quality"),
+        Check(
+            name="quality.agreement",
+            tier=TIER,
+            ok=agreement >= gates.agreement,
+            value=agreement,
+            threshold=gates.agreement,
+            modality="answer",
+        ),
+        Check(
+            name="quality.kl",
+            tier=TIER,
+            ok=divergence <= gates.divergence_mean,
+            value=divergence,
+            threshold=gates.divergence_mean,
+            modality="answer",
+        ),
+    ]
