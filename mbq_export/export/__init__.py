@@ -1,24 +1,71 @@
-"""Stage 3, export: a quantized checkpoint becomes ONNX graphs.
+"""3  QuantCheckpoint -> ONNX graphs: vision, embedding, and one decoder per lowering.
 
-QuantCheckpoint ── decoder.py ── passes ── lowering ──► decoder_model_merged_<variant>.onnx
-                ├─ embed.py ───────────────────────────► embed_tokens.onnx
-                └─ vision.py (traced) ─────────────────► vision_encoder.onnx
+::
+
+    checkpoint ─┬─ decoder.py ── passes ── lowering ──► decoder_model_merged_<variant>.onnx
+                ├─ embed.py ──────────────────────────► embed_tokens.onnx
+                └─ vision.py, traced ─────────────────► vision_encoder.onnx
+
+Every file is checked before the folder is published.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+import shutil
+from dataclasses import dataclass, replace
+from importlib import metadata
+from itertools import accumulate
+from typing import TYPE_CHECKING, Final
 
-from mbq_export.export.record import ExportRecord, GraphForm
+from mbq_export.checkpoint import KEPT
+from mbq_export.errors import UsageError, located
+from mbq_export.export import decoder, embed, ops, vision
+from mbq_export.export.check import ANY, Limits, check_graph, check_written
+from mbq_export.export.graph import columns_of, packed_nodes, packed_source
+from mbq_export.export.lowerings import LOWERINGS
+from mbq_export.export.passes import PASSES
+from mbq_export.export.profile import OPSET23, profile_for
+from mbq_export.export.record import (
+    HOST_TENSORS,
+    RECORD,
+    ExportRecord,
+    GraphForm,
+    GraphRecord,
+    LinearNode,
+    LinearPart,
+    file_name,
+)
+from mbq_export.export.save import constant_bytes, node_counts, ports_of, save_graph
 from mbq_export.progress import Progress, silent
+from mbq_export.reading import sha256_of
+from mbq_export.schemes import SCHEMES
+from mbq_export.schemes.layouts import dense
+from mbq_export.tensor_file import write_tensors
+from mbq_export.writing import (
+    explained,
+    json_bytes,
+    partial_path,
+    publish,
+    refuse_existing,
+    write_file,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    import onnx_ir as ir
 
     from mbq_export.checkpoint import QuantCheckpoint
     from mbq_export.families.base import ModelFamily
 
-__all__ = ["ExportRecord", "GraphForm", "export"]
+__all__ = ["ExportRecord", "GraphForm", "Limits", "check_graph", "export"]
+
+logger = logging.getLogger(__name__)
+
+PACKAGES: Final = ("numpy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
+"""Traced graphs have the same bytes only for the same versions of these."""
 
 
 def export(
@@ -44,7 +91,169 @@ def export(
         What was written, also in ``mbq_export.json``.
 
     Raises:
-        UsageError: E2002, E2011 if the folder exists.
-        FormatError: E44xx if a written graph fails its checks.
+        UsageError: E2001 or E2002 for a form that does not exist for this checkpoint, E2011 if the folder
+            exists.
+        FormatError: E4005, E41xx for the model, E44xx if a written graph fails its checks.
+        ResourceError: E5001 or E5008.
     """
-    raise NotImplementedError
+    refuse_existing(out, force=False)
+    check_forms(checkpoint, forms)
+    staged = partial_path(out)
+    with explained(staged):
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+    stage = _Export(checkpoint=checkpoint, family=family, folder=staged)
+    dtypes = tuple(dict.fromkeys(form.dtype for form in forms))
+    total = 2 * len(dtypes) + len(forms)
+    graphs: list[GraphRecord] = []
+    for record in stage.records(dtypes, forms):
+        graphs.append(record)
+        progress(len(graphs), total, record.file)
+    newline = checkpoint.tensor(family.newline)
+    write_tensors(staged / HOST_TENSORS, {ops.IMAGE_NEWLINE: newline})
+    result = ExportRecord(
+        family=family.name,
+        scheme=checkpoint.scheme_name,
+        group_size=checkpoint.group_size,
+        graphs=tuple(graphs),
+        host_tensors={ops.IMAGE_NEWLINE: newline.shape},
+        versions={name: metadata.version(name) for name in PACKAGES},
+    )
+    write_file(staged / RECORD, json_bytes(result.as_json()))
+    publish(staged, out)
+    return result
+
+
+def check_forms(checkpoint: QuantCheckpoint, forms: tuple[GraphForm, ...]) -> None:
+    """Refuse what cannot be written, before anything is.
+
+    Raises:
+        UsageError: E2001 for an unknown lowering, E2002 for one without a form of this scheme, for an op level
+            that lacks the cache, or for two forms of one file name.
+    """
+    for form in forms:
+        profile_for(form)
+        lowering = LOWERINGS[form.lowering]
+        reason = None
+        if checkpoint.scheme_name != KEPT:
+            reason = lowering.supports(SCHEMES[checkpoint.scheme_name], form.target)
+        if reason is not None:
+            raise UsageError(
+                "E2002",
+                f"Lowering {form.lowering} cannot hold {checkpoint.scheme_name}: {reason}.",
+                why="a lowering has a form for some schemes and targets only",
+                fix="choose another --lowering",
+            )
+    names = [form.file_name for form in forms]
+    if len(set(names)) < len(names):
+        raise UsageError(
+            "E2002",
+            f"Two graphs would have the same file name: {', '.join(names)}.",
+            why="the name tells lowering, target and dtype, but not cache form and logits",
+            fix="ask for one of them",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Export:
+    """One export under way: writes graphs into a staged folder, one after the other."""
+
+    checkpoint: QuantCheckpoint
+    family: ModelFamily
+    folder: Path
+
+    def records(
+        self, dtypes: tuple[str, ...], forms: tuple[GraphForm, ...]
+    ) -> Iterator[GraphRecord]:
+        traced = vision.vision_graph(self.checkpoint, family=self.family, profile=OPSET23)
+        for dtype in sorted(dtypes, key=("fp32", "fp16").index):
+            if dtype == "fp16":
+                vision.halve(traced)
+            yield self.written(traced, file_name(vision.GRAPH_NAME, dtype), dtype)
+        # Its weights are in memory; the decoder's are read while they are written.
+        del traced
+        for dtype in dtypes:
+            table = embed.embed_graph(
+                self.checkpoint, family=self.family, dtype=dtype, profile=OPSET23
+            )
+            yield self.written(table, file_name(embed.GRAPH_NAME, dtype), dtype)
+        for form in forms:
+            with located(form.file_name):
+                yield self.decoder(form)
+
+    def decoder(self, form: GraphForm) -> GraphRecord:
+        shape = self.family.text_shape(self.checkpoint.config)
+        form = replace(form, max_context=form.max_context or shape.max_positions)
+        profile = profile_for(form)
+        model = decoder.decoder_graph(
+            self.checkpoint, family=self.family, form=form, profile=profile
+        )
+        declined = PASSES["fuse_projections"].run(model)
+        for reason in declined:
+            logger.info("%s: %s", form.file_name, reason)
+        linears = linear_nodes(model)
+        LOWERINGS[form.lowering].lower(model, form.target)
+        record = self.written(
+            model, form.file_name, form.dtype, Limits(target=form.target, allowed=profile.ops)
+        )
+        return replace(
+            record,
+            name=decoder.GRAPH_NAME,
+            form=form,
+            scheme=self.checkpoint.scheme_name,
+            layouts={dense.LAYOUT.name: dense.LAYOUT.version} if packed_nodes(model) else {},
+            linears=linears,
+            attention_layers=record.nodes.get("Attention", 0),
+            kv_updates=record.nodes.get("TensorScatter", 0),
+            declined=tuple(declined),
+        )
+
+    def written(self, model: ir.Model, file: str, dtype: str, limits: Limits = ANY) -> GraphRecord:
+        """Save, check and describe one graph."""
+        path = self.folder / file
+        data = save_graph(model, path)
+        record = GraphRecord(
+            name=str(model.graph.name),
+            file=file,
+            data=tuple(each.name for each in data),
+            dtype=dtype,
+            opset=model.opset_imports[""],
+            inputs=ports_of(model.graph.inputs),
+            outputs=ports_of(model.graph.outputs),
+            nodes=node_counts(model),
+            weight_bytes=constant_bytes(model),
+            sha256={each.name: sha256_of(each) for each in (path, *data)},
+        )
+        check_written(check_graph(path, limits), record)
+        return record
+
+
+def linear_nodes(model: ir.Model) -> tuple[LinearNode, ...]:
+    """List a decoder's matrix multiplications before they are lowered; lowering keeps their names."""
+    return tuple(_linear_node(node) for node in model.graph if ops.SOURCE in node.metadata_props)
+
+
+def _linear_node(node: ir.Node) -> LinearNode:
+    modules = node.metadata_props[ops.SOURCE].split(",")
+    scheme, group_size = KEPT, 0
+    n, k = columns_of(node.outputs[0]), columns_of(node.inputs[0])
+    counts: tuple[int, ...] = (n,)
+    if node.domain == ops.DOMAIN:
+        source = packed_source(node)
+        scheme, group_size, counts = (
+            ops.scheme_of_bits(source.bits),
+            source.group_size,
+            source.row_counts,
+        )
+    ends = list(accumulate(counts))
+    return LinearNode(
+        node=str(node.name),
+        n=n,
+        k=k,
+        scheme=scheme,
+        group_size=group_size,
+        parts=tuple(
+            LinearPart(module=module, rows=(end - count, end))
+            for module, count, end in zip(modules, counts, ends, strict=True)
+        ),
+    )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from mbq_export.errors import FormatError
 from mbq_export.export import ops, weights
 from mbq_export.export.attention import Cache, attend, declare_cache, updated, visibility
-from mbq_export.export.graph import FLOAT, INT64, Dims, Emitter, dims_of, packed_node
+from mbq_export.export.graph import FLOAT, INT64, Dims, Emitter, columns_of, dims_of, packed_node
 from mbq_export.export.rope import Rotary
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ class _Decoder:
         self.g.append(packed_node(self.g.constant, x, name=name, source=source, out=out))
 
     def matmul(self, x: ir.Value, name: str, module: str, out: ir.Value) -> ir.Value:
-        dims = (_columns(x), _columns(out))
+        dims = (columns_of(x), columns_of(out))
         read = weights.tensor_reader(self.checkpoint, f"{module}.weight")
         weight = weights.transposed_tensor(f"{name}.weight", read, shape=dims, dtype=self.g.dtype)
         result = self.g.op("MatMul", [x, self.g.constant(weight)], out, name=name)
@@ -232,10 +232,3 @@ class _Decoder:
     def plain(self, name: str, tensor: str, shape: tuple[int, ...]) -> ir.Value:
         read = weights.tensor_reader(self.checkpoint, tensor)
         return self.g.constant(weights.plain_tensor(name, read, shape=shape, dtype=self.g.dtype))
-
-
-def _columns(value: ir.Value) -> int:
-    """Size of the last axis, always a number in this graph."""
-    last = dims_of(value)[-1]
-    assert isinstance(last, int)
-    return last

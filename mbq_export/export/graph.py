@@ -134,6 +134,14 @@ def dims_of(value: ir.Value) -> tuple[int | ir.SymbolicDim, ...]:
     return value.shape.dims
 
 
+def columns_of(value: ir.Value | None) -> int:
+    """Size of the last axis, always a number in graphs of ours."""
+    assert value is not None
+    last = dims_of(value)[-1]
+    assert isinstance(last, int)
+    return last
+
+
 def _value(name: str, dtype: ir.DataType, shape: Dims) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 

@@ -42,6 +42,9 @@ IMAGE_FEATURES: Final = "image_features"
 IMAGE_NEWLINE: Final = "image_newline"
 """Name of the end-of-row feature in ``host_tensors.safetensors``."""
 
+PARTS: Final = ("key", "value")
+"""What a cache holds of each layer, in this order."""
+
 BATCH: Final = "batch_size"
 SEQUENCE: Final = "sequence_length"
 PAST: Final = "past_sequence_length"
@@ -99,6 +102,11 @@ def op_of_bits(bits: int) -> LinearOp:
     )
 
 
+def scheme_of_bits(bits: int) -> str:
+    """Name of the weight-only scheme of a width, one of `OPS`."""
+    return next(name for name, op in OPS.items() if op.bits == bits)
+
+
 def op_named(name: str) -> LinearOp | None:
     """The operator of an op type, or None if the domain has no such op."""
     return next((op for op in OPS.values() if op.name == name), None)
@@ -112,6 +120,17 @@ def past_key_value(layer: int, part: str) -> str:
 def present_key_value(layer: int, part: str) -> str:
     """Name of a cache output; ``part`` is ``key`` or ``value``."""
     return f"present.{layer}.{part}"
+
+
+def decoder_inputs(layers: int, *, static: bool) -> tuple[str, ...]:
+    """Inputs of a decoder graph, in order."""
+    fixed = (INPUTS_EMBEDS, ATTENTION_MASK, POSITION_IDS, *((WRITE_INDICES,) if static else ()))
+    return (*fixed, *(past_key_value(n, part) for n in range(layers) for part in PARTS))
+
+
+def decoder_outputs(layers: int) -> tuple[str, ...]:
+    """Outputs of a decoder graph, in order."""
+    return (LOGITS, *(present_key_value(n, part) for n in range(layers) for part in PARTS))
 
 
 def node_name(layer: int, role: str) -> str:

@@ -1,14 +1,18 @@
 """What an export is asked for (`GraphForm`) and what it wrote (`ExportRecord`, ``onnx/mbq_export.json``)."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, NoReturn, Self
 
-from mbq_export.errors import UsageError
+from mbq_export.errors import FormatError, IncompatibleError, UsageError
 from mbq_export.export import ops
+from mbq_export.reading import read_json
 
-SCHEMA: Final = "mbq-export/graphs@1"
+SCHEMA: Final = "mbq-export/graphs"
+SCHEMA_MAJOR: Final = 1
 RECORD: Final = "mbq_export.json"
 HOST_TENSORS: Final = "host_tensors.safetensors"
+LIMIT_BYTES: Final = 16 << 20
 MERGE: Final = "replace_rows"
 """How the host joins pictures and text: rows of `inputs_embeds` at image-token positions are replaced."""
 
@@ -111,13 +115,11 @@ class LinearPart:
 
     Attributes:
         module: Its module path.
-        rows: First row and row after the last in the node's output columns.
-        output: Name of the value that equals the module's output.
+        rows: First and last-plus-one of its columns in the node's output.
     """
 
     module: str
     rows: tuple[int, int]
-    output: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +164,6 @@ class GraphRecord:
         linears: A decoder's matrix multiplications.
         attention_layers: Attention nodes.
         kv_updates: Nodes that write into a static cache.
-        plugin_layers: Nodes that a TensorRT plugin must take; 0 where there are no plugins.
         declined: Rewrites that did not apply, with the reason.
     """
 
@@ -182,7 +183,6 @@ class GraphRecord:
     linears: tuple[LinearNode, ...] = ()
     attention_layers: int = 0
     kv_updates: int = 0
-    plugin_layers: int = 0
     declined: tuple[str, ...] = ()
 
 
@@ -194,8 +194,6 @@ class ExportRecord:
         family: Name of the model's family.
         scheme: Number format of the checkpoint.
         group_size: Columns that share a scale; 0 if nothing is quantized.
-        tokens_per_tile: Rows of features per tile.
-        image_token_id: Id of the token whose embedding is replaced, None if the configuration has none.
         graphs: One per file.
         host_tensors: Shapes of the tensors in ``host_tensors.safetensors``.
         versions: Packages that wrote the files.
@@ -204,8 +202,6 @@ class ExportRecord:
     family: str
     scheme: str
     group_size: int
-    tokens_per_tile: int
-    image_token_id: int | None
     graphs: tuple[GraphRecord, ...]
     host_tensors: dict[str, tuple[int, ...]]
     versions: dict[str, str]
@@ -216,21 +212,83 @@ class ExportRecord:
         Raises:
             KeyError: If no graph has that file name.
         """
-        return next_named(self.graphs, file)
+        return {graph.file: graph for graph in self.graphs}[file]
 
     def as_json(self) -> dict[str, Any]:
         """Form of ``mbq_export.json``."""
         return {
-            "schema": SCHEMA,
+            "schema": f"{SCHEMA}@{SCHEMA_MAJOR}",
             "merge": MERGE,
             "domain": {"name": ops.DOMAIN, "version": ops.DOMAIN_VERSION},
             **asdict(self),
         }
 
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read ``mbq_export.json`` of a folder of graphs.
 
-def next_named(graphs: tuple[GraphRecord, ...], file: str) -> GraphRecord:
-    """The graph of a file name."""
-    for graph in graphs:
-        if graph.file == file:
-            return graph
-    raise KeyError(file)
+        Raises:
+            FormatError: E4604 if it is missing or malformed.
+            IncompatibleError: E7004 for a newer schema.
+        """
+        path = folder / RECORD
+        if not path.is_file():
+            _malformed(f"there is no {RECORD} in {folder.name}")
+        found = read_json(path, limit=LIMIT_BYTES, code="E4604")
+        name, _, major = str(found.get("schema")).partition("@")
+        if name != SCHEMA or not major.isdecimal():
+            _malformed(f"its schema is {found.get('schema')!r}")
+        if int(major) > SCHEMA_MAJOR:
+            raise IncompatibleError(
+                "E7004",
+                f"{RECORD} has schema {found['schema']!r}.",
+                why=f"this release reads up to {SCHEMA}@{SCHEMA_MAJOR}",
+                fix="use the release of mbq-export that wrote it",
+            )
+        try:
+            shapes = {name: tuple(shape) for name, shape in found["host_tensors"].items()}
+            nested = {"graphs": tuple(map(_graph, found["graphs"])), "host_tensors": shapes}
+            return cls(**_fields(cls, found) | nested)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            _malformed(f"a field is missing or of another kind ({error})")
+
+
+def _graph(found: dict[str, Any]) -> GraphRecord:
+    form = None if found["form"] is None else GraphForm(**_fields(GraphForm, found["form"]))
+    nested = {
+        "form": form,
+        "inputs": tuple(map(_port, found["inputs"])),
+        "outputs": tuple(map(_port, found["outputs"])),
+        "linears": tuple(map(_linear, found["linears"])),
+    }
+    return GraphRecord(**_fields(GraphRecord, found) | nested)
+
+
+def _port(found: dict[str, Any]) -> Port:
+    return Port(**_fields(Port, found) | {"shape": tuple(found["shape"])})
+
+
+def _linear(found: dict[str, Any]) -> LinearNode:
+    parts = tuple(
+        LinearPart(module=part["module"], rows=tuple(part["rows"])) for part in found["parts"]
+    )
+    return LinearNode(**_fields(LinearNode, found) | {"parts": parts})
+
+
+def _fields(kind: type[Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Entries that a class has a field for; lists become tuples, keys of a later minor release are left out."""
+    names = {each.name for each in fields(kind)}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in found.items()
+        if name in names
+    }
+
+
+def _malformed(what: str) -> NoReturn:
+    raise FormatError(
+        "E4604",
+        f"{RECORD} is malformed: {what}.",
+        why=f"this release reads {SCHEMA}@{SCHEMA_MAJOR}",
+        fix="export the model again",
+    )
