@@ -154,21 +154,21 @@ class Console:
 def run_guarded(app: Callable[..., object], argv: list[str], console: Console) -> int:
     """Run a Typer app and turn whatever happens into one exit status."""
     try:
-        app(argv, standalone_mode=False, obj=console)
+        outcome = app(argv, standalone_mode=False, obj=console)
     except MbqError as error:
         return console.fail(error)
     except typer.TyperException as error:
         return console.fail(usage_error(error))
-    except typer.Exit as stop:
-        return int(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _interrupted(console)
+        outcome = EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
+        outcome = EXIT_OK
     except Exception as error:  # noqa: BLE001 (the one place: a bug must not look like a traceback)
         return console.fail(_crash(error))
-    return EXIT_OK
+    if outcome == EXIT_INTERRUPTED:  # Typer may turn an interrupt into a returned status itself
+        _say_interrupted(console)
+    return outcome if isinstance(outcome, int) else EXIT_OK
 
 
 def usage_error(error: typer.TyperException) -> UsageError:
@@ -200,7 +200,7 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list
     return lines
 
 
-def _interrupted(console: Console) -> int:
+def _say_interrupted(console: Console) -> None:
     sys.stderr.write("\ninterrupted, finished work is kept\n")
     if console.resume:
         sys.stderr.write(f"resume with: {console.resume}\n")
