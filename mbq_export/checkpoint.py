@@ -271,13 +271,13 @@ def _check_shape(info: dict[str, Any]) -> None:
     for key, (kind, members) in wanted.items():
         value = info.get(key)
         if not isinstance(value, kind):
-            _malformed(f"{key} is not a {kind.__name__}")
+            _malformed(f"{key} is not of type {kind.__name__}")
         for item in value if isinstance(value, list) else [value]:
             if not isinstance(item, dict):
                 _malformed(f"an entry of {key} is not an object")
             for name, member in members.items():
                 if type(item.get(name)) is not member:
-                    _malformed(f"{name} in {key} is not a {member.__name__}")
+                    _malformed(f"{name} in {key} is not of type {member.__name__}")
     if not all(isinstance(target, str) for target in info["tied"].values()):
         _malformed("tied does not map names to names")
 
