@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ WORDS = {"F16": np.float16, "F32": np.float32, "I32": np.int32, "U8": np.uint8}
 def write(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
+
+
+def outcome(act: Callable[[], object]) -> str:
+    """Code of the error, or "read" if there is none."""
+    try:
+        act()
+    except FormatError as error:
+        return error.code
+    return "read"
 
 
 @pytest.mark.parametrize(
@@ -94,10 +104,7 @@ def test_json_that_is_no_regular_file_is_refused_without_waiting(tmp_path: Path,
     | st.text(alphabet='{}[]":,0123abe.+-ntfu \\', max_size=60).map(str.encode)
 )
 def test_any_bytes_are_an_object_or_a_format_error(data: bytes) -> None:
-    try:
-        assert isinstance(parse_json(data, name="x", code="E4002"), dict)
-    except FormatError as error:
-        assert error.code == "E4002"
+    assert outcome(lambda: parse_json(data, name="x", code="E4002")) in {"read", "E4002"}
 
 
 def test_lines_may_have_a_byte_order_mark_crlf_and_blanks(tmp_path: Path) -> None:
@@ -111,7 +118,7 @@ def test_all_bad_lines_are_counted_and_the_first_five_named(tmp_path: Path) -> N
         lines[number - 1] = "{'a': 1}"
     lines[4] = '{"a": "\xff"}'
     path = write(tmp_path / "d.jsonl", "\n".join(lines).encode("latin-1"))
-    with pytest.raises(FormatError, match="6 bad lines in d.jsonl") as caught:
+    with pytest.raises(FormatError, match=r"6 bad lines in d\.jsonl") as caught:
         read_jsonl(path)
     assert caught.value.code == "E4302"
     assert [f"line {n} " in caught.value.message for n in (3, 5, 7, 9, 11, 13)] == [True] * 5 + [
@@ -338,11 +345,12 @@ def test_any_changed_byte_gives_a_header_or_a_format_error(
     data = bytearray(path.read_bytes())
     data[position % len(data)] = value
     write(path, bytes(data))
-    try:
+
+    def read() -> None:
         for entry in safetensors_header(path).values():
             assert 8 <= entry.start <= entry.end <= len(data)
-    except FormatError as error:
-        assert error.code in {"E4101", "E4107"}
+
+    assert outcome(read) in {"read", "E4101", "E4107"}
 
 
 def test_hash_is_sha256(tmp_path: Path) -> None:

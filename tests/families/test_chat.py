@@ -1,5 +1,6 @@
 """Chat templates are rendered in a sandbox, with limits, and never see what people write."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,6 @@ def test_template_that_never_ends_is_stopped(
 
 
 def test_trace_function_of_a_debugger_is_put_back(tokenizer: Any) -> None:
-    import sys
-
     def debugger(*_: object) -> None:
         return None
 

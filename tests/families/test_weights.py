@@ -1,6 +1,7 @@
 """Weight files of a model folder: shards, names, and what is refused."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -167,8 +168,6 @@ def test_names_are_shortened_to_ranges() -> None:
 
 
 def test_large_tensor_is_not_held_twice(tmp_path: Path) -> None:
-    import tracemalloc
-
     save_file({"a": torch.zeros(1 << 20)}, tmp_path / "model.safetensors")
     weights = SourceWeights.open(tmp_path)
     tracemalloc.start()
