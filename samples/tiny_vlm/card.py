@@ -14,31 +14,36 @@ from typing import Any, Final
 from mbq_export.writing import json_bytes, write_file
 
 FOLDER: Final = Path(__file__).parent
-BEGIN: Final = "<!-- figures: begin -->\n"
-END: Final = "<!-- figures: end -->\n"
 KINDS: Final = ("count", "color", "exist", "count_attr", "read", "at", "rel", "where", "caption")
 
 
-def figures(shipped: dict[str, Any], run: dict[str, Any]) -> str:
-    """Return the generated part of the card, in Markdown."""
-    draws = shipped["packed"]
-    rows = [
-        ["", *(f"shipped, draw {draw['seed']}" for draw in draws), "run from nothing, draw 0"],
-        ["questions", *(f"{part['questions']:,}" for part in (*draws, run["evaluation"]))],
-        ["**exact match**", *(interval(part) for part in (*draws, run["evaluation"]))],
-        ["answering blind", percent(shipped["blind"]), *[""] * len(draws)],
-    ]
-    rows += [
-        [kind, *(percent(part["by_kind"][kind][0]) for part in (*draws, run["evaluation"]))]
-        for kind in KINDS
-    ]
-    generate = shipped["generate"]
-    asked = (
-        f"With `model.generate`, one call per question: {interval(generate)} on the first "
+def shipped_figures(record: dict[str, Any]) -> str:
+    """Return the tables of evaluation.json, in Markdown."""
+    draws = record["packed"]
+    blind = [percent(record["blind"]), *[""] * (len(draws) - 1)]
+    head = ["", *(f"draw {draw['seed']}" for draw in draws)]
+    rows = [head, *accuracy_rows(draws), ["answering blind", *blind]]
+    generate = record["generate"]
+    return (
+        f"{table(rows)}\nWith `model.generate`, one call per question: {interval(generate)} on the first "
         f"{generate['questions']:,} questions of draw 0; packed, on the same questions: "
-        f"{percent(generate['packed_exact_match'])}."
+        f"{percent(generate['packed_exact_match'])}.\n"
     )
-    return f"{table(rows)}\n{asked}\n\n{table(stage_rows(run))}"
+
+
+def run_figures(record: dict[str, Any]) -> str:
+    """Return the tables of training.json, in Markdown."""
+    rows = [["", "draw 0"], *accuracy_rows([record["evaluation"]])]
+    return f"{table(stage_rows(record))}\n{table(rows)}"
+
+
+def accuracy_rows(parts: list[dict[str, Any]]) -> list[list[str]]:
+    """Return questions, exact match and each kind's share, one column per evaluation."""
+    return [
+        ["questions", *(f"{part['questions']:,}" for part in parts)],
+        ["**exact match**", *map(interval, parts)],
+        *([kind, *(percent(part["by_kind"][kind][0]) for part in parts)] for kind in KINDS),
+    ]
 
 
 def stage_rows(run: dict[str, Any]) -> list[list[str]]:
@@ -73,21 +78,19 @@ def interval(part: dict[str, Any]) -> str:
     return f"**{percent(part['exact_match'])}** [{low:.2f}, {high:.2f}]"
 
 
-def card_with(text: str, part: str) -> str:
-    """Return the card with its generated part replaced."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}{part}{END}{after}"
+FIGURES: Final = {"evaluation.json": shipped_figures, "training.json": run_figures}
 
 
 def current_card() -> str:
     """Return the README as it should be, from the records beside it."""
-    shipped, run = (
-        json.loads((FOLDER / name).read_text(encoding="utf-8"))
-        for name in ("evaluation.json", "training.json")
-    )
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    return card_with(text, figures(shipped, run))
+    for name, figures in FIGURES.items():
+        if (FOLDER / name).exists():
+            begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+            before, rest = text.split(begin)
+            record = json.loads((FOLDER / name).read_text(encoding="utf-8"))
+            text = before + begin + figures(record) + end + rest.split(end)[1]
+    return text
 
 
 def main() -> None:

@@ -225,6 +225,9 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     run = Run(chosen.out, chosen.seed)
     reached, done, tensors = load_checkpoint(run) if chosen.resume else ("probe", 0, {})
+    if chosen.resume:
+        cut = {"stage": reached, "step": done, "threads": chosen.threads}
+        run.record.setdefault("resumed", []).append(cut)
     names = [name for name, _ in STAGES]
     for name in names[names.index(reached) :]:
         stage = run.stage(name, chosen.steps)

@@ -26,7 +26,7 @@ from mbq_export.evaluate.packed import (
 from mbq_export.families.base import ANSWER, PROMPT, VISION
 from mbq_export.families.inputs import Processor
 from mbq_export.families.llava_onevision import FAMILY
-from samples.tiny_vlm import stages, train
+from samples.tiny_vlm import card, stages, train
 from samples.tiny_vlm.evaluate import load_model
 from samples.tiny_vlm.inputs import IMAGE_TOKENS, HandMade
 from samples.tiny_vlm.model import TOKEN_IDS, build_model, build_tokenizer, write_folder
@@ -103,6 +103,19 @@ def test_the_code_writes_the_settings_that_are_shipped(tmp_path: Path) -> None:
         for name in ours.keys():  # noqa: SIM118  (not a mapping)
             assert ours.get_slice(name).get_shape() == theirs.get_slice(name).get_shape(), name
             assert ours.get_slice(name).get_dtype() == "F16"
+
+
+def test_the_card_holds_the_figures_of_the_records() -> None:
+    assert (card.FOLDER / "README.md").read_text(encoding="utf-8") == card.current_card()
+
+
+def test_the_card_counts_what_was_measured() -> None:
+    part = {"exact_match": 0.5, "low": 0.25, "high": 0.75, "questions": 1234}
+    rows = card.accuracy_rows([{**part, "by_kind": dict.fromkeys(card.KINDS, (0.125, 8))}])
+    assert rows[0] == ["questions", "1,234"]
+    assert rows[1] == ["**exact match**", "**50.00 %** [25.00, 75.00]"]
+    assert rows[2] == ["count", "12.50 %"]
+    assert card.table([["a", "b"], ["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |\n"
 
 
 def test_every_word_is_one_token() -> None:
