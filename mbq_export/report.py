@@ -29,7 +29,7 @@ SAMPLES_FOR_P99: Final = 100
 """Below this, the 99th percentile is the maximum by another name, so it is not given."""
 
 SAMPLE_DIGITS: Final = 6
-"""Digits behind the point in JSON: a nanosecond when the unit is ms."""
+"""Digits kept behind the point: a nanosecond when the unit is ms."""
 
 Number = float | int
 
@@ -136,12 +136,13 @@ class Measurement:
     @classmethod
     def of_samples(cls, name: str, samples: Sequence[Number], *, unit: str, why: str = "") -> Self:
         """Measure by samples, their median standing for them; without samples, say ``why``."""
-        value = Statistics.of(samples).median if samples else None
+        kept = tuple(round(float(sample), SAMPLE_DIGITS) for sample in samples)
+        value = Statistics.of(kept).median if kept else None
         return cls(
             name=name,
             value=value,
             unit=unit,
-            samples=tuple(float(sample) for sample in samples),
+            samples=kept,
             why=why if value is None else "",
         )
 
@@ -167,7 +168,7 @@ class Measurement:
             "unit": self.unit,
             **nullable("value", self.value, why=self.why),
             "statistics": spread.as_json(self.unit) if spread else None,
-            "samples": [round(float(sample), SAMPLE_DIGITS) for sample in self.samples],
+            "samples": list(self.samples),
         }
 
 
