@@ -23,6 +23,7 @@ from mbq_export.quantize.write import write_checkpoint
 from mbq_export.reading import sha256_of
 from mbq_export.schemes.base import groups_of
 from mbq_export.schemes.layouts.dense import LAYOUT
+from mbq_export.writing import explained, partial_path, publish
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -84,8 +85,10 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
         progress(index + 1, len(stream), f"rel. error {blocks[-1].error:.3g}")
     rest = _rest(model)
     check_finite(rest)
+    # A state usually lies where the output would be staged by itself.
+    staged = state.stage(STAGE) if state else partial_path(out)
     write_checkpoint(
-        out,
+        staged,
         [*(block.tensors for block in blocks), {n: exact(t, model, n) for n, t in rest.items()}],
         info={
             **_model_facts(model, [*(block.sha256 for block in blocks), content_hash(rest)]),
@@ -97,6 +100,9 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
         config=_config(model, rounding),
         source=model.folder,
     )
+    with explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    publish(staged, out)
     return QuantCheckpoint.open(out, verify=False)
 
 

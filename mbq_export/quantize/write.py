@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mbq_export.checkpoint import CHECKPOINT_FILE, CONFIG_FILE, INDEX_FILE
 from mbq_export.reading import sha256_of
 from mbq_export.tensor_file import write_tensors
-from mbq_export.writing import explained, json_bytes, partial_path, publish, write_file
+from mbq_export.writing import explained, json_bytes, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -37,7 +37,7 @@ COMPANIONS: Final = (
 
 
 def write_checkpoint(
-    out: Path,
+    staged: Path,
     tensors: Iterable[Mapping[str, NDArray[Any]]],
     *,
     info: Mapping[str, Any],
@@ -45,10 +45,10 @@ def write_checkpoint(
     source: Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a folder that appears only when it is complete.
+    """Write a folder under a name that nobody reads, for its caller to publish.
 
     Args:
-        out: The folder; an older one is replaced at the end.
+        staged: The folder; whatever is there is removed first.
         tensors: By full name, in pieces; a piece is never split over shards.
         info: `mbq.json` without ``files`` and without the file of each linear.
         config: The model's config.json with ``quantization_config``.
@@ -56,9 +56,8 @@ def write_checkpoint(
         shard_bytes: Largest size of a shard, unless one piece is larger.
 
     Raises:
-        ResourceError: E5001 or E5008; nothing of the old folder is lost.
+        ResourceError: E5001 or E5008.
     """
-    staged = partial_path(out)
     with explained(staged):
         if staged.exists():
             shutil.rmtree(staged)
@@ -72,7 +71,6 @@ def write_checkpoint(
     linears = [{**row, "file": places[f"{row['name']}.qweight"]} for row in info["linears"]]
     listed = {**info, "linears": linears, "files": _file_rows(staged)}
     write_file(staged / CHECKPOINT_FILE, json_bytes(listed))
-    publish(staged, out)
 
 
 def companions(source: Path) -> list[Path]:

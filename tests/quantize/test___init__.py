@@ -180,11 +180,13 @@ def test_damaged_block_is_done_again(model: LoadedModel, tmp_path: Path) -> None
 CHILD = """
 import json, os, signal, sys
 from pathlib import Path
+import torch
 import mbq_export.quantize as stage
 from mbq_export.families import FAMILIES
 from mbq_export.quantize import apply, write
 from mbq_export.schemes import SCHEMES
 from mbq_export.state import State
+from mbq_export.writing import publish
 from tests.tiny import random_scales
 
 folder = Path(sys.argv[1])
@@ -207,8 +209,7 @@ def run(name, deadly):
     stage.quantize_block = counted
     State.save_block = die("saved", deadly, State.save_block)
     write.write_tensors = die("shards", deadly, write.write_tensors)
-    write.publish = die("publish", deadly, write.publish)
-    model = FAMILIES["llava_onevision"].load(folder / "model", meta_blocks=True)
+    stage.publish = die("publish", deadly, publish)
     with State.open(folder / f"{name}.partial", {"seed": 0}) as state:
         stage.quantize(
             model, random_scales(model), scheme=SCHEMES["w3a16"], group_size=64,
@@ -217,6 +218,8 @@ def run(name, deadly):
     return len(done)
 
 # A fork per run: importing everything once more would take longer than the runs.
+torch.set_num_threads(1)
+model = FAMILIES["llava_onevision"].load(folder / "model", meta_blocks=True)
 for name, deadly in json.loads(sys.argv[2]):
     pid = os.fork()
     if pid == 0:
