@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mbq_export.bundle import Bundle, unlisted_files
 from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import FormatError, located
-from mbq_export.export.check import check_graph
+from mbq_export.export.check import Limits, check_graph
 from mbq_export.progress import Progress, silent
 from mbq_export.reading import contained, read_json
 from mbq_export.report import Check
@@ -47,7 +47,9 @@ def check_structure(
         checkpoint = QuantCheckpoint.open(bundle.checkpoint_folder, verify=True)
     graphs = read_json(bundle.onnx / RECORD, code="E4604")["graphs"]
     for graph in graphs:
-        check_graph(contained(bundle.onnx, graph["file"], code="E4605"), target=_target(graph))
+        check_graph(
+            contained(bundle.onnx, graph["file"], code="E4605"), Limits(target=_target(graph))
+        )
     found = {
         "files": len(records),
         "checkpoint": len(checkpoint.linears),

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from mbq_export.evaluate.metrics import cosines
 from mbq_export.evaluate.comparison import (
     NO_POSITIONS,
     StreamComparison,
@@ -16,6 +15,7 @@ from mbq_export.evaluate.comparison import (
     stream_checks,
     weights_of,
 )
+from mbq_export.evaluate.metrics import cosines
 from mbq_export.evaluate.tolerances import PARITY_FP32, QUALITY_W3
 from mbq_export.families.base import ANSWER, PROMPT, VISION
 from mbq_export.schemes import SCHEMES
