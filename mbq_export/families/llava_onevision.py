@@ -11,7 +11,7 @@ Sources: "LLaVA-OneVision: Easy Visual Task Transfer", sections 3.1 and 3.2; tra
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from huggingface_hub.errors import StrictDataclassError
@@ -244,11 +244,11 @@ def vision_module(model: LoadedModel) -> "nn.Module":
     class TowerAndProjector(nn.Module):
         """Pixels of tiles to rows of image features."""
 
-        def __init__(self, tower: nn.Module, projector: nn.Module) -> None:
+        def __init__(self, tower: Any, projector: nn.Module) -> None:
             super().__init__()
-            self.embeddings = tower.embeddings
-            self.pre_norm = getattr(tower, "pre_layrnorm", nn.Identity())
-            self.layers = tower.encoder.layers[: max(layers)]
+            self.embeddings: nn.Module = tower.embeddings
+            self.pre_norm: nn.Module = getattr(tower, "pre_layrnorm", nn.Identity())
+            self.layers: nn.ModuleList = tower.encoder.layers[: max(layers)]
             self.projector = projector
 
         def forward(self, pixel_values: "torch.Tensor") -> "torch.Tensor":
@@ -260,8 +260,8 @@ def vision_module(model: LoadedModel) -> "nn.Module":
             features: torch.Tensor = self.projector(torch.cat(rows, dim=-1))
             return features
 
-    inner = model.module.model
-    return TowerAndProjector(inner.vision_tower, inner.multi_modal_projector).eval()
+    part = model.module.get_submodule
+    return TowerAndProjector(part("model.vision_tower"), part("model.multi_modal_projector")).eval()
 
 
 def merge_images(

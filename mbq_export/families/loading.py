@@ -62,7 +62,8 @@ def empty_module(config: "PreTrainedConfig", *, architecture: str, dtype: str) -
 
     with torch.device("meta"):
         module: PreTrainedModel = getattr(transformers, architecture)(config)
-    return module.to(getattr(torch, dtype)).eval().requires_grad_(requires_grad=False)
+    module.to(getattr(torch, dtype)).eval().requires_grad_(requires_grad=False)
+    return module
 
 
 def checked_weights(

@@ -231,7 +231,7 @@ def test_unknown_builtin_set_lists_the_known() -> None:
     assert "builtin:shapes-captions" in caught.value.why
 
 
-def test_encoding_keeps_order_and_earlier_turns(tmp_path: Path, processor: Processor) -> None:
+def test_encoding_keeps_order_and_earlier_turns(processor: Processor) -> None:
     sample = Sample(
         id="1",
         images=(Image.new("RGB", (48, 48)),),
