@@ -14,11 +14,70 @@ def command(
     bundles: Annotated[
         list[Path], typer.Argument(help="One bundle, or several to compare.", metavar="BUNDLE...")
     ],
+    prompt_tokens: Annotated[
+        str | None,
+        typer.Option("-p", "--prompt-tokens", help="Text tokens, for example 16,64.", show_default=False),
+    ] = None,
+    new_tokens: Annotated[str, typer.Option("-n", "--new-tokens", help="Tokens to generate.")] = "32",
+    images: Annotated[str, typer.Option("--images", help="Pictures, for example 0,1.")] = "1",
+    picture: Annotated[
+        Path | None, typer.Option("--image", help="A picture of yours.", show_default=False)
+    ] = None,
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="Requests that count.")] = 10,
+    warmup: Annotated[int, typer.Option("--warmup", help="Requests before them.")] = 3,
     backend: options.Backend = "ort",
     lowering: options.Lowering = "qdq",
     threads: options.Threads = 0,
+    accuracy_level: Annotated[
+        int, typer.Option("--ort-accuracy-level", help="0 exact; 4 int8 activations, faster.")
+    ] = 0,
+    allow_noisy: Annotated[
+        bool, typer.Option("--allow-noisy", help="A noisy machine is a warning, not an error.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for bench.json.", show_default=False)
+    ] = None,
 ) -> None:
-    """Time bundles against each other, interleaved in one run."""
-    del bundles, backend, lowering, threads
+    """Time bundles against each other, interleaved in one run.
+
+    mbq-export bench baseline out -n 32 -o results
+    """
+    from mbq_export.bundle import Bundle
+    from mbq_export.evaluate.bench import Contender, Protocol, bench, matrix
+    from mbq_export.evaluate.figures import comparison_rows, noise_error, rows
+
     console: Console = context.obj
-    raise NotImplementedError(console.command)
+    contenders = [
+        Contender(
+            bundle=opened,
+            name=opened.name,
+            backend=backend,
+            lowering=lowering,
+            threads=threads,
+            accuracy_level=accuracy_level,
+        )
+        for opened in (Bundle.open(path) for path in bundles)
+    ]
+    workloads = matrix(
+        prompt_tokens=options.numbers(prompt_tokens, "--prompt-tokens") or (None,),
+        new_tokens=options.numbers(new_tokens, "--new-tokens"),
+        images=options.numbers(images, "--images"),
+        picture=picture,
+    )
+    protocol = Protocol(repetitions=repetitions, warmup=warmup)
+    with console.progress("bench") as progress:
+        report = bench(contenders, workloads, protocol=protocol, progress=progress)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        report.write(out / "bench.json")
+    console.table(("bundle", "test", "p50 ms", "p95", "p99", "CoV %", "tok/s", "% of roofline"), rows(report))
+    if len(contenders) > 1:
+        console.text()
+        console.table(("workload", "figure", "bundle", "p50 ms", "baseline", "ratio", "p10 to p90"), comparison_rows(report))
+    noisy = noise_error(report)
+    if noisy is not None and not allow_noisy:
+        noisy.context["result"] = report.as_json()
+        raise noisy
+    if noisy is not None:
+        console.warn("W1301", f"{noisy.message} {noisy.why}")
+    console.finish(report.as_json(), what=f"{len(contenders)} bundles, {len(workloads)} workloads")

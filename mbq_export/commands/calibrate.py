@@ -10,7 +10,7 @@ def command(
     context: typer.Context,
     model: options.Model,
     out: options.Out,
-    wbits: options.WeightBits = 3,
+    wbits: options.WeightBits = None,
     group_size: options.GroupSize = 128,
     method: options.Method = "mbq",
     compat: options.Compat = "none",

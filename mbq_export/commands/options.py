@@ -20,15 +20,15 @@ def hoist_globals(argv: list[str]) -> list[str]:
     front: list[str] = []
     rest: list[str] = []
     tokens = iter(argv)
-    for token in tokens:
-        if token == "--":
-            rest += [token, *tokens]
-        elif token in GLOBAL_FLAGS or (token.partition("=")[0] in GLOBAL_VALUES and "=" in token):
-            front.append(token)
-        elif token in GLOBAL_VALUES:
-            front += [token, *[value for value in [next(tokens, None)] if value is not None]]
+    for word in tokens:
+        if word == "--":
+            rest += [word, *tokens]
+        elif word in GLOBAL_FLAGS or (word.partition("=")[0] in GLOBAL_VALUES and "=" in word):
+            front.append(word)
+        elif word in GLOBAL_VALUES:
+            front += [word, *[value for value in [next(tokens, None)] if value is not None]]
         else:
-            rest.append(token)
+            rest.append(word)
     return front + rest
 
 
@@ -95,7 +95,7 @@ Data = Annotated[
 ]
 Samples = Annotated[int, typer.Option("--samples", help="Calibration samples.", min=1)]
 WeightBits = Annotated[
-    int, typer.Option("--wbits", help="Weight bits: 3, 4, or 16 for the unquantized baseline.")
+    int | None, typer.Option("--wbits", help="Weight bits: 3, 4, or 16 for the unquantized baseline.")
 ]
 Scheme = Annotated[
     str | None,
@@ -137,3 +137,15 @@ def models_folder() -> Path | None:
     """Folder of local models, from the environment."""
     named = os.environ.get("MBQ_EXPORT_MODELS")
     return Path(named).expanduser() if named else None
+
+
+def numbers(text: str | None, option: str) -> tuple[int, ...]:
+    """Read a list such as ``16,64``.
+
+    Raises:
+        BadParameter: If a part is no whole number.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no list of whole numbers", param_hint=option) from error

@@ -14,7 +14,7 @@ def command(
     model: options.Model,
     scales: Annotated[Path, typer.Option("--scales", help="Folder made by calibrate.")],
     out: options.Out,
-    wbits: options.WeightBits = 3,
+    wbits: options.WeightBits = None,
     group_size: options.GroupSize = 128,
     force: options.Force = False,
 ) -> None:

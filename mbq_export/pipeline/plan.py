@@ -32,7 +32,9 @@ from mbq_export.target import AUTO, SERVED, Target
 from mbq_export.writing import refuse_existing
 
 DEFAULT_DATA: Final = "builtin:shapes"
+DEFAULT_BITS: Final = 3
 UNQUANTIZED_BITS: Final = 16
+LONGEST_DEFAULT_CONTEXT: Final = 4096
 HALF_BYTES: Final = 2
 # Disk: the checkpoint, and one graph per lowering at up to fp32 size, beside the final bundle's rename.
 DISK_FACTOR: Final = 6.0
@@ -50,7 +52,7 @@ class BuildRequest:
     Attributes:
         model: Folder or alias.
         out: Bundle folder to make.
-        weight_bits: 3, 4, or 16 for the unquantized baseline.
+        weight_bits: 3, 4, or 16 for the unquantized baseline; None is 3, or what the scheme says.
         scheme: Says the same as ``weight_bits``, or None.
         group_size: Columns that share a scale.
         method: Name of a preset.
@@ -74,7 +76,7 @@ class BuildRequest:
 
     model: str
     out: Path
-    weight_bits: int = 3
+    weight_bits: int | None = None
     scheme: str | None = None
     group_size: int = 128
     method: str = "mbq"
@@ -134,7 +136,7 @@ class Plan:
     @property
     def max_context(self) -> int:
         """Longest sequence of the graphs."""
-        return self.request.max_context or min(self.text.max_positions, 4096)
+        return self.request.max_context or min(self.text.max_positions, LONGEST_DEFAULT_CONTEXT)
 
     @property
     def quantized_weights(self) -> int:
@@ -185,6 +187,7 @@ def make_plan(request: BuildRequest) -> Plan:
     if scheme is not None:
         for _, k in linear_shapes(text).values():
             groups_of(k, request.group_size)
+    _check_context(request, text)
     switches = METHODS[request.method].resolve(request.replaced)
     targets, skipped = _targets(request)
     plan = Plan(
@@ -239,18 +242,28 @@ def _fields(plan: Plan) -> dict[str, Any]:
 
 
 def _scheme(request: BuildRequest) -> QuantScheme | None:
-    named = None if request.scheme is None else SCHEMES[request.scheme]
     by_bits = {scheme.weight_bits: scheme for scheme in SCHEMES.members().values()}
-    if request.weight_bits == UNQUANTIZED_BITS and named is None:
+    named = None if request.scheme is None else SCHEMES[request.scheme]
+    if named is not None and request.weight_bits not in {None, named.weight_bits}:
+        raise UsageError(
+            "E2002",
+            f"--scheme {named.name} and --wbits {request.weight_bits} contradict each other.",
+            why=f"{named.name} has {named.weight_bits} bits",
+            fix=f"--scheme {named.name}",
+        )
+    if named is not None:
+        return named
+    bits = DEFAULT_BITS if request.weight_bits is None else request.weight_bits
+    if bits == UNQUANTIZED_BITS:
         return None
-    if request.weight_bits not in by_bits:
+    if bits not in by_bits:
         raise UsageError(
             "E2005",
-            f"--wbits {request.weight_bits} is not a width of any scheme.",
+            f"--wbits {bits} is not a width of any scheme.",
             why=f"known: {', '.join(map(str, sorted(by_bits)))}, and {UNQUANTIZED_BITS} for the baseline",
             fix=("--wbits 3", "--wbits 4"),
         )
-    return named or by_bits[request.weight_bits]
+    return by_bits[bits]
 
 
 def _check_gate(request: BuildRequest) -> None:
@@ -264,6 +277,16 @@ def _check_gate(request: BuildRequest) -> None:
             f"--gate {request.gate} has no reason.",
             why="a bundle whose checks were overridden says why, in its manifest and every report",
             fix='--gate-reason "..."',
+        )
+
+
+def _check_context(request: BuildRequest, text: TextShape) -> None:
+    if request.max_context is not None and request.max_context > text.max_positions:
+        raise UsageError(
+            "E2009",
+            f"A context of {request.max_context} tokens is longer than the model's {text.max_positions}.",
+            why="its positions were never trained beyond that",
+            fix=f"--max-context {text.max_positions}",
         )
 
 

@@ -1,0 +1,44 @@
+"""Run the program as a user does, in this process or in a child that can be killed."""
+
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mbq_export.commands import app
+from mbq_export.commands.console import Console, run_guarded
+from mbq_export.commands.options import hoist_globals
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = (sys.executable, str(ROOT / "cli.py"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The JSON document on stdout."""
+        found: dict[str, Any] = json.loads(self.out)
+        return found
+
+    @property
+    def code(self) -> str:
+        """Code of the error, without its prefix."""
+        return str(self.document["error"]["code"]).removeprefix("MBQ-")
+
+
+def run(*arguments: object) -> Outcome:
+    """Run one command in this process, in JSON mode."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = run_guarded(app, hoist_globals(["--json", *map(str, arguments)]), Console())
+    return Outcome(status=status, out=out.getvalue(), err=err.getvalue())

@@ -1,0 +1,111 @@
+"""What can go wrong cheaply is found before anything is written."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mbq_export.errors import MbqError
+from mbq_export.pipeline.plan import BuildRequest, linear_shapes, make_plan
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> BuildRequest:
+    return BuildRequest(model="tiny-llava-ov", out=tmp_path / "out", samples=4, targets=("cpu",))
+
+
+def refused(request: BuildRequest, **changes: object) -> MbqError:
+    with pytest.raises(MbqError) as caught:
+        make_plan(replace(request, **changes))
+    assert not request.out.exists()
+    return caught.value
+
+
+def test_default_request_becomes_a_plan(request_: BuildRequest) -> None:
+    plan = make_plan(request_)
+    assert plan.scheme_name == "w3a16"
+    assert plan.switches.method == "mbq"
+    assert plan.source.rule == "shipped"
+    assert plan.quantized_weights == 5 * (2 * 256 * 256 + 2 * 64 * 256 + 3 * 768 * 256)
+    assert plan.with_reference
+
+
+def test_baseline_needs_no_data(request_: BuildRequest) -> None:
+    plan = make_plan(replace(request_, weight_bits=16))
+    assert plan.scheme is None
+    assert plan.data is None
+
+
+def test_fingerprint_ignores_the_place_and_follows_the_options(request_: BuildRequest) -> None:
+    plan = make_plan(request_)
+    elsewhere = make_plan(replace(request_, out=request_.out.with_name("other"), command="x"))
+    assert elsewhere.fingerprint == plan.fingerprint
+    for change in ({"group_size": 64}, {"method": "rtn"}, {"seed": 1}, {"samples": 5}):
+        assert make_plan(replace(request_, **change)).fingerprint != plan.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"weight_bits": 5}, "E2005", "--wbits 5 is not a width of any scheme."),
+        ({"group_size": 100}, "E2004", "Group size 100 does not divide in_features 256."),
+        ({"method": "mqb"}, "E2001", "Unknown method 'mqb'."),
+        ({"scheme": "w2a16"}, "E2001", "Unknown scheme 'w2a16'."),
+        ({"scheme": "w4a16"}, "E2002", "--scheme w4a16 and --wbits 3 contradict each other."),
+        ({"model": "llava-ov-8b"}, "E2001", "Unknown model 'llava-ov-8b'."),
+        ({"model": "llava-ov-7b"}, "E3014", "The model llava-ov-7b is not on this machine."),
+        ({"gate": "off"}, "E2002", "--gate off has no reason."),
+        ({"gate": "maybe", "gate_reason": "x"}, "E2001", "Unknown gate 'maybe'."),
+        ({"targets": ("orin:rtx",)}, "E2012", "rtx cannot build engines for orin (sm87)."),
+        ({"targets": ("rtx5090",)}, "E2001", "Unknown target 'rtx5090'."),
+        ({"max_context": 10_000}, "E2009", "A context of 10000 tokens is longer than the model's 512."),
+    ],
+)
+def test_bad_option_is_refused_by_value(
+    request_: BuildRequest, changes: dict[str, object], code: str, message: str
+) -> None:
+    error = refused(request_, **changes)
+    assert (error.code, error.message) == (code, message)
+    assert error.fix
+
+
+def test_existing_bundle_is_not_touched(request_: BuildRequest) -> None:
+    request_.out.mkdir()
+    with pytest.raises(MbqError, match=r"exists\."):
+        make_plan(request_)
+    assert make_plan(replace(request_, force=True)).request.force
+
+
+def test_another_model_needs_data(request_: BuildRequest, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    copy.symlink_to(make_plan(request_).source.folder, target_is_directory=True)
+    error = refused(request_, model=str(copy))
+    assert error.code == "E2017"
+    assert "--data calib.jsonl" in error.fix
+
+
+def test_too_little_disk_is_said_before_work(
+    request_: BuildRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        free = 1 << 20
+
+    monkeypatch.setattr("mbq_export.pipeline.plan.shutil.disk_usage", lambda _: Usage)
+    error = refused(request_)
+    assert error.code == "E5002"
+    assert "1 MiB are free" in error.message
+
+
+def test_too_little_memory_is_said_before_work(
+    request_: BuildRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mbq_export.pipeline.plan.available_memory", lambda: 100 << 20)
+    error = refused(request_)
+    assert error.code == "E5003"
+    assert "100 MiB are free" in error.message
+
+
+def test_linear_shapes_are_those_of_the_checkpoint(request_: BuildRequest) -> None:
+    shapes = linear_shapes(make_plan(request_).text)
+    assert shapes["self_attn.k_proj"] == (64, 256)
+    assert shapes["mlp.down_proj"] == (256, 768)
