@@ -78,7 +78,9 @@ class Target:
     @property
     def op_level(self) -> int:
         """Highest op level a graph for this target may use; -1 for ``cpu``, which has no such limit."""
-        levels = [level for first, level in OP_LEVELS.get(self.flavour, ()) if first <= self.version]
+        levels = [
+            level for first, level in OP_LEVELS.get(self.flavour, ()) if first <= self.version
+        ]
         return max(levels, default=-1)
 
     @property

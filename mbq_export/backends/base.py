@@ -1,7 +1,7 @@
 """Something that runs a graph (Engine) and the file that makes it (Backend).
 
-    graphs ── build ──► engine files + engine.json + layers.json     (only runtimes that compile)
-    graph or engine file ── open ──► Engine ── run(feeds) ──► outputs
+graphs ── build ──► engine files + engine.json + layers.json     (only runtimes that compile)
+graph or engine file ── open ──► Engine ── run(feeds) ──► outputs
 """
 
 from collections.abc import Callable, Mapping
@@ -13,6 +13,8 @@ from typing import Any, Protocol, Self
 from numpy.typing import NDArray
 
 from mbq_export.progress import Progress
+from mbq_export.report import Check
+from mbq_export.target import Target
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +78,7 @@ class Availability:
     Attributes:
         ok: Whether it can.
         found: What is there, for example ``rtx 1.7.1.116``.
+        version: Exact version, empty if nothing is there; names the folder of its engines.
         needed: What it wants.
         fix: Command that mends it; empty when ``ok``.
     """
@@ -83,6 +86,7 @@ class Availability:
     ok: bool
     found: str
     needed: str
+    version: str = ""
     fix: str = ""
 
 
@@ -125,6 +129,7 @@ class EngineGraph:
         kv_updates: In-place cache updates expected, or None.
         weight_bytes: Bytes of all constants by the exporter's count, or None to skip that check.
         workspace_mib: Scratch memory the builder may plan with.
+        lowering: Form of the graph, recorded.
     """
 
     name: str
@@ -137,6 +142,7 @@ class EngineGraph:
     kv_updates: int | None = None
     weight_bytes: int | None = None
     workspace_mib: int = 1024
+    lowering: str = "qdq"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,21 +151,17 @@ class EngineRequest:
 
     Attributes:
         graphs: The files, one engine each.
-        sm: Compute capability, for example 89.
+        target: Device and flavour.
         out: Folder to publish, whole or not at all.
         logs: Where the child's logs go when it fails; default ``<out>.logs``.
         timeout_s: Limit for one engine.
-        lowering: Form of the graphs, recorded.
-        op_level: Op level of the graphs, recorded.
     """
 
     graphs: tuple[EngineGraph, ...]
-    sm: int
+    target: Target
     out: Path
     logs: Path | None = None
     timeout_s: float = 3600.0
-    lowering: str = "qdq"
-    op_level: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,7 @@ class EngineFile:
         sha256: Its hash.
         size: Its bytes.
         layers: Rows of its layer table.
+        checks: What was asserted about that table; the caller's gates decide about a failure.
         seconds: Wall time of parse and build.
         peak_rss_bytes: Largest memory of the child.
     """
@@ -179,6 +182,7 @@ class EngineFile:
     sha256: str
     size: int
     layers: int
+    checks: tuple[Check, ...]
     seconds: float
     peak_rss_bytes: int
 
@@ -200,6 +204,11 @@ class EngineRecord:
     engines: Mapping[str, EngineFile]
     verified: bool
     reason: str
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """Checks of any engine that said no."""
+        return tuple(c for each in self.engines.values() for c in each.checks if c.ok is False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,131 @@
+"""What crosses between the tool and the child that holds TensorRT: two JSON files in a private folder."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, Self
+
+from mbq_export.writing import json_bytes, write_file
+
+SCHEMA: Final = 1
+JOB: Final = "job.json"
+RESULT: Final = "result.json"
+PLAN: Final = "plan.partial"
+LOG: Final = "native.log"
+STAGE_MARK: Final = "[mbq] stage "
+"""Begins the lines in which the child names what it does next."""
+
+Profile = Mapping[str, tuple[tuple[int, ...], ...]]
+"""Smallest, typical and largest shape of every input."""
+
+
+class Refused(Exception):  # noqa: N818  (it is an answer, not an error of ours)
+    """TensorRT said no, in the child; the parent turns ``kind`` into an error code."""
+
+    def __init__(self, kind: str, message: str, details: tuple[str, ...] = ()) -> None:
+        """Keep the parts."""
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+        self.details = details
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One call of TensorRT.
+
+    Attributes:
+        op: ``probe``, ``parse`` or ``build``.
+        workdir: Private folder of the call.
+        flavour: Name of the flavour.
+        module: Module to import.
+        link: Plain name of the library, as the parser opens it.
+        library: The file that name must lead to.
+        onnx: Graph file, a name in ``workdir``.
+        inputs: Input names of the contract.
+        outputs: Output names of the contract.
+        profile: Shapes of the single profile.
+        cc: Devices, as ``SM89``.
+        workspace_mib: Scratch memory the builder may plan with.
+        opt_level: Builder optimization level.
+    """
+
+    op: str
+    workdir: Path
+    flavour: str
+    module: str
+    link: str
+    library: str
+    onnx: str = ""
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    profile: Profile = field(default_factory=dict)
+    cc: tuple[str, ...] = ()
+    workspace_mib: int = 1024
+    opt_level: int = 3
+
+    def write(self) -> Path:
+        """Write it into its folder and return the file."""
+        fields = {**asdict(self), "workdir": str(self.workdir), "schema": SCHEMA}
+        path = self.workdir / JOB
+        write_file(path, json_bytes(fields))
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Undo `write`."""
+        fields = json.loads(path.read_bytes())
+        fields.pop("schema")
+        tuples = {key: tuple(fields[key]) for key in ("inputs", "outputs", "cc")}
+        return cls(**{**fields, **tuples, "workdir": Path(fields["workdir"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a job ended.
+
+    Attributes:
+        kind: Empty for success, else which check said no: ``trt-parse``, ``onnx-empty``, ...
+        message: One sentence about it.
+        details: TensorRT's own words.
+        version: Version the library reports.
+        devices: Devices it can build for.
+        network_layers: Layers after the parse.
+        plan_bytes: Size of the engine.
+        parse_s: Seconds of the parse.
+        build_s: Seconds of the build.
+        peak_rss_bytes: Largest memory of the child.
+    """
+
+    kind: str = ""
+    message: str = ""
+    details: tuple[str, ...] = ()
+    version: str = ""
+    devices: tuple[str, ...] = ()
+    network_layers: int = 0
+    plan_bytes: int = 0
+    parse_s: float = 0.0
+    build_s: float = 0.0
+    peak_rss_bytes: int = 0
+
+    def having(self, **fields: Any) -> Self:
+        """Return a copy with other fields."""
+        return dataclasses.replace(self, **fields)
+
+    def write(self, workdir: Path) -> None:
+        """Write it, complete or not at all."""
+        write_file(workdir / RESULT, json_bytes({**asdict(self), "schema": SCHEMA}))
+
+    @classmethod
+    def read(cls, workdir: Path) -> Self | None:
+        """Undo `write`; None if there is no result, or none of ours."""
+        try:
+            fields = json.loads((workdir / RESULT).read_bytes())
+            if fields.pop("schema") != SCHEMA:
+                return None
+            tuples = {key: tuple(fields[key]) for key in ("details", "devices")}
+            return cls(**{**fields, **tuples})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None

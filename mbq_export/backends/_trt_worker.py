@@ -1,0 +1,226 @@
+"""The child: one probe, parse or build of TensorRT, then the end of the process.
+
+    python -P -X faulthandler -m mbq_export.backends._trt_worker job.json
+
+Runs in the job's private folder: reads ``job.json``, writes ``plan.partial`` and, last and by rename,
+``result.json``, whose absence means that the process died. Everything TensorRT prints, the layer table
+included, goes to standard output, which the parent keeps. TensorRT reports failure by None, -1, False, or not
+at all, so every return value is looked at.
+
+TensorRT orders some tables in a plan by address, so a plan depends on the history of the heap. The work is
+therefore done in a thread, whose heap begins empty; paths are relative; and TensorRT's own logger prints,
+because messages of varying length that reach Python would be allocated in between.
+"""
+
+import ctypes
+import importlib
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from mbq_export.backends._trt_job import PLAN, STAGE_MARK, Job, Refused, Result
+
+PR_SET_PDEATHSIG: Final = 1
+STACK_BYTES: Final = 64 << 20
+CRASHED: Final = 1
+
+
+def probe(trt: Any, _job: Job) -> Result:
+    """Make a builder, the smallest thing that needs the whole library."""
+    if trt.Builder(_logger(trt)) is None:
+        raise Refused("trt-build", "TensorRT made no builder.")
+    return Result(version=str(trt.__version__), devices=_devices(trt))
+
+
+def parse(trt: Any, job: Job) -> Result:
+    """Read the graph and compare its inputs and outputs with the contract."""
+    return _parsed(trt, job)[0]
+
+
+def build(trt: Any, job: Job) -> Result:
+    """Read the graph, compile it and write the plan."""
+    # The parser owns the weights' memory: it must live until the plan is there.
+    result, builder, network, _alive = _parsed(trt, job)
+    _stage("build")
+    started = time.monotonic()
+    config = _configured(trt, job, builder, network)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None or not plan.nbytes:
+        raise Refused("trt-build", "The builder returned no engine.")
+    with Path(PLAN).open("wb") as file:
+        file.write(memoryview(plan))
+        file.flush()
+        os.fsync(file.fileno())
+    return result.having(plan_bytes=plan.nbytes, build_s=time.monotonic() - started)
+
+
+OPS: Final[dict[str, Callable[[Any, Job], Result]]] = {
+    "probe": probe,
+    "parse": parse,
+    "build": build,
+}
+
+
+def main(argv: list[str]) -> NoReturn:
+    """Do one job and leave without the interpreter's shutdown, in which some TensorRT libraries crash."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive a killed parent
+    job = Job.read(Path(argv[1]))
+    answers: list[Result] = []
+    try:
+        _stage("load")
+        trt = _loaded(job)
+    except Refused as refused:
+        answers.append(_refusal(refused))
+    else:
+        threading.stack_size(STACK_BYTES)
+        thread = threading.Thread(target=lambda: answers.append(_answer(trt, job)))
+        thread.start()
+        thread.join()
+    for answer in answers:  # none if an unexpected exception ended the thread
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        answer.having(peak_rss_bytes=peak).write(Path())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if answers else CRASHED)
+
+
+def _answer(trt: Any, job: Job) -> Result:
+    """Do the job."""
+    try:
+        return OPS[job.op](trt, job)
+    except Refused as refused:
+        return _refusal(refused)
+    except MemoryError:
+        return Result(kind="trt-memory", message="Python could not allocate memory.")
+
+
+def _refusal(refused: Refused) -> Result:
+    return Result(kind=refused.kind, message=refused.message, details=refused.details)
+
+
+def _stage(name: str) -> None:
+    """Note what begins, for the case that it does not end."""
+    os.write(sys.stdout.fileno(), f"{STAGE_MARK}{name}\n".encode())
+
+
+def _loaded(job: Job) -> Any:
+    """Import TensorRT after making sure that its plain library name leads to the one that was found.
+
+    Raises:
+        Refused: ``trt-soname`` or ``trt-missing``.
+    """
+    try:
+        ctypes.CDLL(job.link)
+    except OSError as error:
+        raise Refused("trt-soname", f"{job.link} cannot be opened: {error}.") from error
+    try:
+        trt = importlib.import_module(job.module)
+    except ImportError as error:
+        raise Refused("trt-missing", f"{job.module} cannot be imported: {error}.") from error
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    copies = sorted(path for path in mapped if Path(path).name.startswith(job.link))
+    if copies != [job.library]:
+        raise Refused("trt-soname", f"{job.link} is loaded from {copies}, expected {job.library}.")
+    return trt
+
+
+def _logger(trt: Any) -> Any:
+    return trt.Logger(trt.Logger.VERBOSE)
+
+
+def _parsed(trt: Any, job: Job) -> tuple[Result, Any, Any, Any]:
+    """Parse from the file, so that external data of any size is found.
+
+    Raises:
+        Refused: ``trt-parse``, ``onnx-empty`` or ``trt-io``.
+    """
+    _stage("parse")
+    started = time.monotonic()
+    logger = _logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(job.onnx):
+        found = tuple(_described(parser.get_error(i)) for i in range(parser.num_errors))
+        raise Refused("trt-parse", "The parser refused the graph.", found)
+    if network.num_layers == 0:
+        raise Refused(
+            "onnx-empty", "The parser found no layer in the file and called that success."
+        )
+    _compare("inputs", job.inputs, [network.get_input(i).name for i in range(network.num_inputs)])
+    _compare(
+        "outputs", job.outputs, [network.get_output(i).name for i in range(network.num_outputs)]
+    )
+    result = Result(
+        version=str(trt.__version__),
+        network_layers=network.num_layers,
+        parse_s=time.monotonic() - started,
+    )
+    return result, builder, network, (parser, logger)
+
+
+def _compare(what: str, expected: tuple[str, ...], found: list[str]) -> None:
+    """Refuse a network with other names than the contract."""
+    if sorted(expected) != sorted(found):
+        lost, new = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+        raise Refused(
+            "trt-io",
+            f"The parsed network has other {what} than the graph.",
+            (f"missing: {', '.join(lost) or 'none'}", f"unexpected: {', '.join(new) or 'none'}"),
+        )
+
+
+def _network_flags(trt: Any) -> int:
+    """Strong typing by name: its number differs between versions, and from 11 on there is nothing else."""
+    flag = trt.NetworkDefinitionCreationFlag.__members__.get("STRONGLY_TYPED")
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _described(error: Any) -> str:
+    """One parser error: node, operator, text, and the function it happened in."""
+    stack = [str(name) for name in error.local_function_stack()]
+    inside = f" in function {' > '.join(stack)}" if stack else ""
+    return f"node {error.node_name()!r} ({error.node_operator()}){inside}: {error.desc()}"
+
+
+def _configured(trt: Any, job: Job, builder: Any, network: Any) -> Any:
+    """The builder's configuration: one profile, named devices, verbose layer table.
+
+    Raises:
+        Refused: ``trt-profile`` or ``trt-target``.
+    """
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.builder_optimization_level = job.opt_level
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_mib << 20)
+    config.num_compute_capabilities = len(job.cc)
+    for index, name in enumerate(job.cc):
+        capability = trt.ComputeCapability.__members__.get(name)
+        if capability is None or not config.set_compute_capability(capability, index):
+            known = f"it knows {', '.join(_devices(trt))}"
+            raise Refused("trt-target", f"The library cannot build for {name}.", (known,))
+    profile = builder.create_optimization_profile()
+    tensors = [network.get_input(i) for i in range(network.num_inputs)]
+    for tensor in (each for each in tensors if -1 in tuple(each.shape)):
+        try:
+            profile.set_shape(tensor.name, *job.profile[tensor.name])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            text = f"The profile of {tensor.name} is invalid."
+            raise Refused("trt-profile", text, (str(error),)) from error
+    if config.add_optimization_profile(profile) < 0:
+        raise Refused("trt-profile", "TensorRT refused the profile.")
+    return config
+
+
+def _devices(trt: Any) -> tuple[str, ...]:
+    return tuple(name for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
+
+
+if __name__ == "__main__":
+    main(sys.argv)
