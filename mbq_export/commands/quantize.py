@@ -22,7 +22,7 @@ def command(
 
     mbq-export quantize --model tiny-llava-ov --scales scales -o checkpoint
     """
-    from mbq_export.checkpoint import ChannelScales
+    from mbq_export.channel_scales import ChannelScales
     from mbq_export.pipeline.plan import BuildRequest, make_plan
     from mbq_export.quantize import quantize
 

@@ -15,7 +15,8 @@ from typing import Any, Final, Protocol
 
 from mbq_export.backends._tensorrt import ENGINE_RECORD, LAYER_RECORD
 from mbq_export.bundle import MANIFEST, Bundle, unlisted_files
-from mbq_export.checkpoint import CHECKPOINT_FILE, ChannelScales, QuantCheckpoint
+from mbq_export.channel_scales import ChannelScales
+from mbq_export.checkpoint import CHECKPOINT_FILE, QuantCheckpoint
 from mbq_export.errors import FormatError
 from mbq_export.families.locate import family_of, read_config
 from mbq_export.progress import Progress, silent
