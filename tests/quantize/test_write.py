@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mbq_export.quantize.write import companions, write_checkpoint
 from mbq_export.tensor_file import TensorFile
+from tests.tiny import load_tiny, tiny_checkpoint
 
 INFO = {"schema": "mbq-export/checkpoint@1", "linears": [{"name": "a.q"}, {"name": "b.q"}]}
 
@@ -103,6 +104,15 @@ def test_processor_and_licence_files_travel_and_code_does_not(source: Path) -> N
 def test_config_is_the_one_given_and_not_the_source_s(tmp_path: Path, source: Path) -> None:
     write(tmp_path / "c", source)
     assert json.loads((tmp_path / "c/config.json").read_text()) == {"model_type": "m"}
+
+
+def test_format_page_names_every_key(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/formats/checkpoint.md").read_text()
+    info = tiny_checkpoint(tmp_path / "c", load_tiny(tmp_path / "model")).info
+    keys = [*info, *info["linears"][0], *info["skipped"][0], *info["files"][0]]
+    keys += [key for part in ("tool", "model", "scheme", "layout") for key in info[part]]
+    missing = [key for key in keys if f"`{key}`" not in page and f"`{key}." not in page]
+    assert not missing
 
 
 def test_leftovers_of_a_killed_run_are_gone(tmp_path: Path, source: Path) -> None:
