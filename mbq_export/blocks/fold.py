@@ -74,16 +74,16 @@ def fold_unit(block: nn.Module, e: Tensor, *, place: Smooth, text: TextShape) ->
     Raises:
         FormatError: E4314.
     """
-    linears = [block.get_submodule(name) for name in place.into]
-    _check(e, columns=int(linears[0].weight.shape[1]))
+    weights = [block.get_parameter(f"{name}.weight") for name in place.into]
+    _check(e, columns=int(weights[0].shape[1]))
     divisor = divisor_of(e, place=place, text=text)
     source = block.get_submodule(place.source)
     for name in ("weight", "bias"):
         parameter = getattr(source, name, None)
         if parameter is not None:
             parameter.copy_(_divided(parameter, divisor))
-    for linear in linears:
-        linear.weight.copy_(linear.weight.float() * e)
+    for weight in weights:
+        weight.copy_(weight.float() * e)
 
 
 def divisor_of(e: Tensor, *, place: Smooth, text: TextShape) -> Tensor:
@@ -121,9 +121,8 @@ def folds_safely(block: nn.Module, e: Tensor, *, place: Smooth, text: TextShape)
     True if no value exceeds the largest fp16 number and none that was not zero falls below 2**-24 of the
     largest value, where fp16 would lose it beside the others.
     """
-    source = block.get_submodule(place.source)
-    divisor = divisor_of(e, place=place, text=text)
-    values = _divided(source.weight, divisor).abs()
+    source = block.get_parameter(f"{place.source}.weight")
+    values = _divided(source, divisor_of(e, place=place, text=text)).abs()
     largest = float(values.max())
     smallest = float(values[values > 0].min()) if largest > 0 else 0.0
     return largest <= FP16_LARGEST and smallest >= largest * FP16_SMALLEST_STEP

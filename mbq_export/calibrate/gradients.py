@@ -114,7 +114,7 @@ def _require_answers(batch: Batch) -> None:
             "E4309",
             f"Sample {sample} has no answer tokens.",
             why="gradients start at the answer",
-            fix=("give every line of the data an answer", "raise --max-tokens"),
+            fix="give every line of the data an answer",
         )
 
 
@@ -156,7 +156,7 @@ def _listen(
                 store[index, place][:, samples] = (sums / counts).numpy()
 
         def attach(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            output.register_hook(record)
+            output.register_hook(record)  # type: ignore[no-untyped-call]
 
         return attach
 
@@ -173,5 +173,5 @@ def _require_finite(values: Tensor, batch: Batch, what: str) -> None:
             "E1103",
             f"Sample {batch.samples[int(bad.nonzero()[0])]}: {what} is not finite.",
             why=f"computed in {str(batch.hidden.dtype).removeprefix('torch.')}",
-            fix=("--dtype fp32", "mbq-export inspect MODEL"),
+            fix="check the weights: mbq-export inspect MODEL",
         )

@@ -144,7 +144,7 @@ def search(unit: UnitView, switches: Switches) -> Found:
             "E1103",
             f"The objective at exponent {bad} is not finite.",
             why="activations or weights overflow",
-            fix=("--dtype fp32", "mbq-export inspect MODEL"),
+            fix="check the weights: mbq-export inspect MODEL",
         )
     usable = torch.where(scored.exact, scored.values, torch.inf)
     ranked = torch.argsort(usable, stable=True).tolist()

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from mbq_export.families.base import Smooth, TextShape
     from mbq_export.schemes.base import QuantScheme
 
-MOST_TOKENS = 1 << 40
-"""More than any class has: every token is scored."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -89,7 +86,8 @@ def smooth_block(
     places = [place for place in job.places if _is_scaled(job, place)]
     chosen = _chosen(job, index, [batch for batch, _ in batches])
     seen = observe(job.stream, block, index, batches, places=places, chosen=chosen)
-    scales, units = {}, []
+    scales: dict[str, Tensor] = {}
+    units: list[dict[str, Any]] = []
     for place in job.places:
         about = {"layer": index, "unit": place.unit, "absorbed_by": place.source}
         if place not in places or job.method.scales is None:

@@ -12,7 +12,7 @@ from mbq_export.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mbq_export.calibrate.search import UnitView
+    from mbq_export.calibrate.units import UnitView
 
 PUBLISHED: Final[Mapping[str, object]] = {
     "grid": "20",

@@ -1,0 +1,78 @@
+"""Every method keeps the promises of a method; presets give way to the user, not to contradictions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mbq_export.calibrate.methods import METHODS
+from mbq_export.calibrate.methods.base import PUBLISHED
+from mbq_export.channel_scales import ChannelScales, Switches
+from mbq_export.errors import UsageError
+from tests.calibrate.views import first_block, job
+from tests.questions import questions, tiny_model
+
+NAMES = METHODS.names()
+
+
+def test_the_methods_are_found_by_their_files() -> None:
+    assert NAMES == ("awq", "mbq", "rtn")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_lowers_no_unit_and_repeats_itself(name: str) -> None:
+    model, method = tiny_model(), METHODS[name]
+    runs = [
+        first_block(job(model, method.switches, method), questions(model, 6))[2] for _ in range(2)
+    ]
+    assert runs[0].units == runs[1].units
+    for unit, e in runs[0].scales.items():
+        assert torch.equal(e, runs[1].scales[unit])
+    for entry in runs[0].units:
+        if entry["alpha"] is not None:
+            assert entry["J"]["best"] <= entry["J"]["rtn"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_switches_survive_the_artifact(name: str, tmp_path: Path) -> None:
+    switches = METHODS[name].resolve({"tokens": "all"})
+    scales = {"layers.0.qkv.e": np.ones(4, np.float32)}
+    ChannelScales(scales=scales, sensitivity={}, calib={"switches": switches.resolved()}).write(
+        tmp_path
+    )
+    assert ChannelScales.read(tmp_path).switches == switches
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_bears_its_name(name: str) -> None:
+    assert METHODS[name].switches.method == name
+    assert METHODS[name].resolve({}) == METHODS[name].switches
+
+
+def test_the_users_choices_replace_the_preset() -> None:
+    found = METHODS["mbq"].resolve({"stat": "balanced", "gqa_o_scale": True})
+    assert (found.stat, found.gqa_o_scale, found.loss) == ("balanced", True, "mae")
+
+
+def test_compatibility_fixes_what_the_published_code_has() -> None:
+    found = METHODS["mbq"].resolve({"compat": "mbq", "loss": "mse"})
+    assert found == Switches(method="mbq", compat="mbq", loss="mse", **PUBLISHED)
+
+
+def test_a_choice_against_compatibility_is_refused() -> None:
+    with pytest.raises(UsageError, match="--compat mbq contradicts stat = balanced") as caught:
+        METHODS["mbq"].resolve({"compat": "mbq", "stat": "balanced"})
+    assert caught.value.code == "E2002"
+    assert caught.value.why == "the published code uses stat = mixed"
+
+
+def test_ratios_are_needed_where_something_is_weighed_by_them() -> None:
+    for name, stat, needed in (
+        ("mbq", "mixed", True),
+        ("awq", "mixed", False),
+        ("awq", "balanced", True),
+        ("rtn", "balanced", False),
+    ):
+        method = METHODS[name]
+        assert method.needs_ratios(method.resolve({"stat": stat})) is needed
