@@ -79,6 +79,7 @@ def test_at_least_nine_of_ten_questions_are_answered_exactly() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_whole_interval_of_a_full_evaluation_lies_above_ninety_percent() -> None:
     result = measured(900, seed=0)
     assert result.questions >= 5000
@@ -185,6 +186,7 @@ def test_twenty_steps_of_the_first_stage_learn_something() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_twenty_steps_of_every_stage_learn_and_leave_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +194,7 @@ def test_twenty_steps_of_every_stage_learn_and_leave_a_folder(
     arguments = ["train", "--out", str(out), "--steps", "20", "--evaluation-images", "10"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--threads", str(torch.get_num_threads())])
     monkeypatch.setattr(train, "EVERY", {"probe": 10, "align": 10, "answer": 10})
+    monkeypatch.setattr(train, "MONITOR_IMAGES", 10)
     train.main()
     record = json.loads((out / "training.json").read_text(encoding="utf-8"))
     assert [stage["name"] for stage in record["stages"]] == ["probe", "align", "answer"]
