@@ -20,6 +20,7 @@ from mbq_export.errors import FormatError
 from mbq_export.families.base import Config, ModelFamily, VisionShape
 from mbq_export.families.chat import Piece, Skeleton, skeleton
 from mbq_export.families.locate import read_config
+from mbq_export.families.pictures import as_rgb, check_size
 from mbq_export.families.processor_files import (
     read_eos_ids,
     read_image_token_id,
@@ -123,13 +124,13 @@ class Processor:
 
         Args:
             prompt: The user's last text.
-            images: Pictures, RGB; they stand before the text of the first prompt.
+            images: Pictures of any mode; they stand before the text of the first prompt.
             answer: Teacher-forced answer; None ends with the generation prompt.
             earlier: Prompts and answers before; their answers count as answers too.
 
         Raises:
-            FormatError: E4204 if placeholders and pictures differ in number, E4307 for a picture too thin
-                to be laid out in tiles.
+            FormatError: E4204 if placeholders and pictures differ in number, E4306 for a picture that is
+                too large, E4307 for one too thin to be laid out in tiles.
         """
         form = self._skeleton(len(images), len(earlier))
         pieces = form.fill(earlier, prompt)
@@ -281,12 +282,20 @@ class Processor:
     def _tiles(
         self, images: "Sequence[Image]"
     ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-        """Cut, resize and normalize: pixels of all tiles, sizes, tiles of each picture."""
+        """Cut, resize and normalize: pixels of all tiles, sizes, tiles of each picture.
+
+        Raises:
+            FormatError: E4304 or E4306 for a picture of no or too many pixels.
+        """
         side = self.shape.image_size
         if not images:
             empty = np.empty((0, self.shape.channels, side, side), np.float32)
             return empty, np.empty((0, 2), np.int64), np.empty(0, np.int64)
-        made: Mapping[str, Any] = self.pictures.preprocess([list(images)], return_tensors=None)
+        for number, image in enumerate(images, 1):
+            check_size(image, f"picture {number}", padded=len(images) > 1)
+        made: Mapping[str, Any] = self.pictures.preprocess(
+            [[as_rgb(image) for image in images]], return_tensors=None
+        )
         tiles = [np.asarray(image, np.float32) for image in made["pixel_values"]]
         return (
             np.concatenate(tiles),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_PIXELS: Final = 40_000_000
+MOST_PADDED: Final = 100_000_000
 MOST_BYTES: Final = 256 << 20
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -54,13 +55,20 @@ def read_picture(path: Path) -> "Image":
         ) from error
 
 
-def check_size(image: "Image", name: str) -> None:
+def check_size(image: "Image", name: str, *, padded: bool = False) -> None:
     """Refuse a picture by the size its header states.
+
+    Args:
+        image: Need not be decoded yet.
+        name: How messages call it.
+        padded: It will be padded to a square, as each of several pictures is.
 
     Raises:
         FormatError: E4306 for too many pixels, E4304 for none.
     """
     width, height = image.size
+    if padded and max(width, height) ** 2 > MOST_PADDED:
+        raise _too_large(name, f"{width} x {height} pixels, padded to a square")
     if width * height > MOST_PIXELS:
         raise _too_large(name, f"{width} x {height} pixels")
     if not width * height:
@@ -88,6 +96,9 @@ def _too_large(name: str, found: str) -> FormatError:
     return FormatError(
         "E4306",
         f"{name} is too large: {found}.",
-        why=f"pictures have at most {MOST_PIXELS} pixels; the size is read before decoding",
+        why=(
+            f"pictures have at most {MOST_PIXELS} pixels, {MOST_PADDED} once padded to a square; the size is "
+            "read before decoding"
+        ),
         fix="shrink the picture",
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
@@ -217,6 +218,30 @@ def test_picture_too_thin_for_the_grid_is_refused() -> None:
     with pytest.raises(FormatError, match=r"1 x 2000 pixels is too thin") as caught:
         ours.inputs(QUESTION, [picture(1, 2000)])
     assert caught.value.code == "E4307"
+
+
+def test_pictures_of_any_mode_are_laid_on_white_as_calibration_does(ours: Processor) -> None:
+    clear = Image.new("RGBA", (48, 48), (9, 9, 9, 0))
+    found = ours.inputs(QUESTION, [clear]).pixel_values
+    assert np.array_equal(
+        found, ours.inputs(QUESTION, [Image.new("RGB", (48, 48), "white")]).pixel_values
+    )
+
+
+@pytest.mark.parametrize(("size", "count"), [((8000, 5001), 1), ((10_001, 2), 2)])
+def test_picture_that_would_fill_memory_is_refused(
+    ours: Processor, size: tuple[int, int], count: int
+) -> None:
+    with pytest.raises(
+        FormatError, match=f"picture 1 is too large: {size[0]} x {size[1]} pixels"
+    ) as caught:
+        ours.inputs(QUESTION, [Image.new("1", size)] * count)
+    assert caught.value.code == "E4306"
+
+
+def test_picture_without_pixels_is_refused(ours: Processor) -> None:
+    with pytest.raises(FormatError, match="picture 1 has no pixels"):
+        ours.inputs(QUESTION, [Image.new("RGB", (0, 5))])
 
 
 def test_template_that_forgets_pictures_is_refused(folder: Path, tmp_path: Path) -> None:
