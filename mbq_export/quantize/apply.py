@@ -128,7 +128,7 @@ def exact(tensor: Tensor, model: LoadedModel, name: str) -> NDArray[Any]:
         name: Module path of the tensor.
     """
     values: NDArray[np.float32] = tensor.detach().float().cpu().numpy()
-    dtype = DTYPES[model.weights.entry(name).dtype] if name in model.weights.names else None
+    dtype = DTYPES[model.weights.entry(name).dtype] if name in model.weights.tensors else None
     if dtype in {DTYPES["F16"], BFLOAT16}:
         with np.errstate(over="ignore"):
             narrow = values.astype(dtype)
