@@ -198,13 +198,10 @@ class _Export:
         )
         return replace(
             record,
-            name=decoder.GRAPH_NAME,
             form=form,
             scheme=self.checkpoint.scheme_name,
             layouts={dense.LAYOUT.name: dense.LAYOUT.version} if packed_nodes(model) else {},
             linears=linears,
-            attention_layers=record.nodes.get("Attention", 0),
-            kv_updates=record.nodes.get("TensorScatter", 0),
             declined=tuple(declined),
         )
 
@@ -212,6 +209,7 @@ class _Export:
         """Save, check and describe one graph."""
         path = self.folder / file
         data = save_graph(model, path)
+        nodes = node_counts(model)
         record = GraphRecord(
             name=str(model.graph.name),
             file=file,
@@ -220,7 +218,9 @@ class _Export:
             opset=model.opset_imports[""],
             inputs=ports_of(model.graph.inputs),
             outputs=ports_of(model.graph.outputs),
-            nodes=node_counts(model),
+            nodes=nodes,
+            attention_layers=nodes.get("Attention", 0),
+            kv_updates=nodes.get("TensorScatter", 0),
             weight_bytes=constant_bytes(model),
             sha256={each.name: sha256_of(each) for each in (path, *data)},
         )

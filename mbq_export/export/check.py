@@ -92,7 +92,7 @@ def _check_library(path: Path) -> None:
     ops.register()
     try:
         onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise FormatError(
             "E4407",

@@ -162,8 +162,16 @@ def _check_custom(node: onnx.NodeProto, model: onnx.ModelProto, *, has_body: boo
         _unknown(
             f"Attributes of {node.op_type}: {missing or 'none'} missing, {extra or 'none'} unknown."
         )
+    wrong = [each.name for each in node.attribute if each.type != _kind(each.name)]
+    if wrong:
+        _unknown(f"Attribute {wrong[0]} of {node.op_type} is of another type.")
     if len(node.input) != 4 or len(node.output) != 1:
         _unknown(f"{node.op_type} has {len(node.input)} inputs and {len(node.output)} outputs.")
+
+
+def _kind(name: str) -> int:
+    kinds = onnx.AttributeProto
+    return kinds.INT if name in ops.INT_ATTRIBUTES else kinds.STRING
 
 
 def _check_packed(
@@ -215,18 +223,15 @@ def _constant(tensor: TensorProto | None, name: str, dtype: int, shape: list[int
 def _check_blocks(
     node: onnx.NodeProto, constants: Mapping[str, TensorProto], places: Mapping[str, Place]
 ) -> None:
-    weight = constants.get(node.input[0])
+    weight, scales, points = (constants.get(name) for name in [*node.input, "", "", ""][:3])
     if weight is None or weight.data_type not in NIBBLES:
         return
     has = attributes_of(node)
-    scales = constants.get(node.input[1])
-    size = has.get("block_size", 0)
-    if has.get("axis", 1) != 0 or len(weight.dims) != 2 or size < 1 or weight.dims[0] % size:
-        _contradiction(
-            f"blocks of {size} along axis {has.get('axis', 1)} of sizes {list(weight.dims)}"
-        )
-    shape = [weight.dims[0] // max(1, size), weight.dims[1]]
-    points = constants.get(node.input[2]) if len(node.input) > 2 else None
+    axis, size = has.get("axis", 1), has.get("block_size", 0)
+    whole = isinstance(size, int) and size > 0 and len(weight.dims) == 2 and axis == 0
+    if not whole or weight.dims[0] % size:
+        _contradiction(f"blocks of {size} along axis {axis} of sizes {list(weight.dims)}")
+    shape = [weight.dims[0] // size, weight.dims[1]]
     for tensor in (scales, points):
         if tensor is not None and list(tensor.dims) != shape:
             _contradiction(

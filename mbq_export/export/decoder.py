@@ -192,7 +192,7 @@ class _Decoder:
         module = self.family.linear_path(layer, path)
         name = ops.node_name(layer, role)
         out = ops.linear_output(layer, role)
-        bias = self.checkpoint.has(f"{module}.bias")
+        bias = self.biased(role)
         rows = self.g.value(f"{name}.rows" if bias else out, [*self.residual[:2], self.width(role)])
         if module in self.checkpoint.linears:
             self.packed(x, name, module, rows)
@@ -204,6 +204,11 @@ class _Decoder:
         return self.g.op(
             "Add", [rows, vector], self.g.value(out, dims_of(rows)), name=f"{name}.add_bias"
         )
+
+    def biased(self, role: str) -> bool:
+        if role in {"q_proj", "k_proj", "v_proj"}:
+            return self.shape.qkv_bias
+        return role == "o_proj" and self.shape.o_bias
 
     def width(self, role: str) -> int:
         shape = self.shape

@@ -57,9 +57,9 @@ SOURCE: Final = "mbq.source"
 LARGEST_OPSET: Final = 26
 """ONNX Runtime 1.31 refuses models of opset 27 and later."""
 
-_INT_ATTRIBUTES: Final = ("N", "K", "group_size", "bits", "signed_codes", "layout_version")
-_STRING_ATTRIBUTES: Final = ("layout", "plugin_namespace", "plugin_version")
-ATTRIBUTES: Final = (*_INT_ATTRIBUTES, *_STRING_ATTRIBUTES)
+INT_ATTRIBUTES: Final = ("N", "K", "group_size", "bits", "signed_codes", "layout_version")
+STRING_ATTRIBUTES: Final = ("layout", "plugin_namespace", "plugin_version")
+ATTRIBUTES: Final = (*INT_ATTRIBUTES, *STRING_ATTRIBUTES)
 """All required, on every node of the domain."""
 
 
@@ -167,8 +167,8 @@ def _schema(op: LinearOp) -> OpSchema:
     attributes = [
         OpSchema.Attribute(name, kind, required=True)
         for names, kind in (
-            (_INT_ATTRIBUTES, OpSchema.AttrType.INT),
-            (_STRING_ATTRIBUTES, OpSchema.AttrType.STRING),
+            (INT_ATTRIBUTES, OpSchema.AttrType.INT),
+            (STRING_ATTRIBUTES, OpSchema.AttrType.STRING),
         )
         for name in names
     ]

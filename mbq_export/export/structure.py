@@ -3,9 +3,9 @@
 Checked before any library loads it: one of them reports a web page as a network of 0 layers, another loads cycles.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -57,10 +57,25 @@ def load_proto(path: Path) -> onnx.ModelProto:
         _no_graph(path, "it is no ONNX file, or a truncated one")
     if not model.graph.node or not model.graph.output:
         _no_graph(path, "it is empty" if not data else "it holds no operators and outputs")
+    if not _is_text(model):
+        _no_graph(path, "a name in it is not UTF-8")
     check_versions(model)
     check_sizes(model)
     check_order(model)
     return model
+
+
+def _is_text(message: Any) -> bool:
+    """Whether every string of a message is one; the parser hands on what is none as bytes."""
+    for field, value in message.ListFields():
+        values = (
+            value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
+        )
+        if field.type == field.TYPE_STRING and any(isinstance(each, bytes) for each in values):
+            return False
+        if field.type == field.TYPE_MESSAGE and not all(map(_is_text, values)):
+            return False
+    return True
 
 
 def check_versions(model: onnx.ModelProto) -> None:

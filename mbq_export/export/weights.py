@@ -291,7 +291,8 @@ def plain_tensor(
         whole = read()
         step = max(1, BLOCK_ELEMENTS // max(1, whole[:1].size))
         for start in range(0, len(whole), step):
-            block = whole[start : start + step].astype(dtype.numpy())
+            with np.errstate(over="ignore"):  # reported with its name, in the next line
+                block = whole[start : start + step].astype(dtype.numpy())
             _check_finite(name, block)
             yield block
 

@@ -79,7 +79,7 @@ class _Rewrite:
         old = self.node.outputs[0]
         name = old.name
         self.graph.insert_before(self.node, self.added)
-        ir.convenience.replace_all_uses_with(old, rows)
+        ir.convenience.replace_all_uses_with(old, rows, replace_graph_outputs=True)
         self.graph.remove(self.node, safe=True)
         rows.name = name
 

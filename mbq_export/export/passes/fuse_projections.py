@@ -7,8 +7,8 @@
 Exact, because a row's codes depend on no other row. At one token per call small matrices are bound by launches,
 and a plugin cannot be merged by the runtime. The values q, k, v keep their names.
 
-A group is left as it is (with the reason) when its linears differ in width of codes or group size, or when a part
-has a number of rows that is no multiple of 16, the height of a kernel tile.
+A group is left as it is (with the reason) when its linears differ in width of codes or group size, when only some
+have a bias, or when a part has a number of rows that is no multiple of 16, the height of a kernel tile.
 """
 
 from collections import defaultdict
@@ -38,6 +38,14 @@ class _Branch:
         return (self.add or self.node).outputs[0]
 
     @property
+    def bias(self) -> ir.TensorProtocol:
+        assert self.add is not None
+        constant = self.add.inputs[1]
+        assert constant is not None
+        assert constant.const_value is not None
+        return constant.const_value
+
+    @property
     def role(self) -> str:
         return str(self.node.name).rpartition(".")[2]
 
@@ -53,25 +61,26 @@ def fuse(model: ir.Model) -> list[str]:
     for nodes in groups.values():
         if len(nodes) < 2:
             continue
-        reason = _obstacle(nodes)
+        branches = [_branch(node) for node in nodes]
+        reason = _obstacle(branches)
         if reason is None:
-            _rewrite(model.graph, [_branch(node) for node in nodes])
+            _rewrite(model.graph, branches)
         else:
             declined.append(f"{', '.join(str(node.name) for node in nodes)}: {reason}")
     return declined
 
 
-def _obstacle(nodes: list[ir.Node]) -> str | None:
+def _obstacle(branches: list[_Branch]) -> str | None:
     """Why a group must stay as it is."""
-    sources = [packed_source(node) for node in nodes]
+    sources = [packed_source(branch.node) for branch in branches]
     formats = {(source.bits, source.group_size, source.symmetric) for source in sources}
     if len(formats) > 1:
         return "the linears have different number formats"
-    odd = [
-        str(node.name) for node, source in zip(nodes, sources, strict=True) if source.n % TILE_ROWS
-    ]
-    if odd:
-        return f"{', '.join(odd)} has a number of rows that is no multiple of {TILE_ROWS}"
+    if len({branch.add is None for branch in branches}) > 1:
+        return "only some of the linears have a bias"
+    for branch, source in zip(branches, sources, strict=True):
+        if source.n % TILE_ROWS:
+            return f"{branch.node.name} has a number of rows that is no multiple of {TILE_ROWS}"
     return None
 
 
@@ -97,8 +106,9 @@ def _rewrite(graph: ir.Graph, branches: list[_Branch]) -> None:
         lambda tensor: add_constant(graph, tensor), x, name=name, source=whole, out=rows
     )
     added = [node]
-    if any(branch.add for branch in branches):
-        bias = add_constant(graph, _bias(f"{name}.bias", branches, whole))
+    if first.add is not None:
+        biases = [branch.bias for branch in branches]
+        bias = add_constant(graph, _stacked(f"{name}.bias", biases, rows=whole.n))
         rows = _like(first.out, f"{name}.out", whole.n)
         added.append(
             ir.Node("", "Add", [node.outputs[0], bias], outputs=[rows], name=f"{name}.add_bias")
@@ -117,7 +127,7 @@ def _rewrite(graph: ir.Graph, branches: list[_Branch]) -> None:
     )
     graph.insert_before(first.node, added)
     for branch, part in zip(branches, parts, strict=True):
-        ir.convenience.replace_all_uses_with(branch.out, part)
+        ir.convenience.replace_all_uses_with(branch.out, part, replace_graph_outputs=True)
         doomed = [branch.node] if branch.add is None else [branch.add, branch.node]
         graph.remove(doomed, safe=True)
 
@@ -134,22 +144,14 @@ def _like(value: ir.Value, name: str, columns: int | ir.SymbolicDim) -> ir.Value
     return ir.Value(name=name, type=value.type, shape=ir.Shape([*dims_of(value)[:-1], columns]))
 
 
-def _bias(name: str, branches: list[_Branch], whole: PackedSource) -> StreamedTensor:
-    """(N,) biases of all parts, zero where a part has none."""
-    parts = [None if each.add is None else each.add.inputs[1] for each in branches]
-    present = next(part for part in parts if part is not None)
-    assert present.dtype is not None
-    dtype = present.dtype
-
-    def pieces() -> list[np.ndarray]:
-        return [
-            np.zeros(count, dtype.numpy())
-            if part is None or part.const_value is None
-            else part.const_value.numpy()
-            for part, count in zip(parts, whole.row_counts, strict=True)
-        ]
-
-    return StreamedTensor(name, dtype=dtype, shape=(whole.n,), blocks=lambda: iter(pieces()))
+def _stacked(name: str, biases: list[ir.TensorProtocol], *, rows: int) -> StreamedTensor:
+    """(N,) biases of all parts, one after the other."""
+    return StreamedTensor(
+        name,
+        dtype=biases[0].dtype,
+        shape=(rows,),
+        blocks=lambda: (bias.numpy() for bias in biases),
+    )
 
 
 PASS: Final = Pass(name="fuse_projections", run=fuse)
