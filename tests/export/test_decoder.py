@@ -1,12 +1,15 @@
 """The written decoder against the torch decoder of the same checkpoint: rungs 2 and 3 of the parity ladder."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
+from mbq_export.backends.ort import open_graph
 from mbq_export.errors import FormatError
+from mbq_export.evaluate.taps import tapped_graph, torch_values
 from mbq_export.evaluate.tolerances import BLOCK_FP16, BLOCK_FP32, LOWERING_FP32
 from mbq_export.export import GraphForm, decoder, ops
 from mbq_export.export.profile import OPSET23
@@ -143,9 +146,6 @@ def test_values_that_tools_tap_have_their_names(
 
 def test_tapped_values_are_those_of_torch(tmp_path: Path) -> None:
     """One linear per place in a block, fused ones by their columns; bias included."""
-    from mbq_export.backends.ort import open_graph
-    from mbq_export.evaluate.taps import tapped_graph, torch_values
-
     model = decoders.oracle()
     names = [ops.linear_output(1, role) for role in ("q_proj", "v_proj", "o_proj", "up_proj")]
     names += [
@@ -174,8 +174,6 @@ def test_fused_block_has_as_many_nodes_as_the_template() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("activation", "gelu"), ("qk_norm", True)])
 def test_decoder_of_another_kind_is_refused(name: str, value: object) -> None:
-    from dataclasses import replace
-
     shape = decoders.FAMILY.text_shape
     other = replace(
         decoders.FAMILY, text_shape=lambda config: replace(shape(config), **{name: value})

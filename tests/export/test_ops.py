@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 
 from mbq_export.errors import UsageError
 from mbq_export.export import functions, ops
+from mbq_export.schemes import SCHEMES
 
 ATTRIBUTES: dict[str, Any] = {
     "N": 8,
@@ -128,8 +129,6 @@ def test_width_without_an_operator_names_the_known_ones() -> None:
 
 
 def test_every_scheme_with_an_operator_has_its_width() -> None:
-    from mbq_export.schemes import SCHEMES
-
     for name, op in ops.OPS.items():
         assert SCHEMES[name].weight_bits == op.bits
         assert ops.scheme_of_bits(op.bits) == name
