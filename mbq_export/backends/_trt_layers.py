@@ -209,19 +209,27 @@ def _no_slow_dequantize(table: LayerTable) -> Check:
 
 
 def _weights_stay_packed(table: LayerTable, linears: tuple[QuantizedLinear, ...]) -> Check:
-    """A5: beside its scales a linear needs no float constant longer than a bias or a norm's weight."""
+    """A5: beside its scales a row of linears needs no float constant longer than a bias or a norm's weight."""
+    named = {linear.node: linear for linear in linears}
     bad = []
-    for linear in linears:
-        n, k = linear.shape
-        allowed = max(n * math.ceil(k / linear.group_size), n, k)
-        rows = table.rows_of(linear.node)
-        largest = max(
-            (c.elements for row in rows for c in row.constants if c.type in FLOATS and n in c.dims),
-            default=0,
-        )
-        if largest > allowed:
-            bad.append(f"{linear.node} ({largest} elements, {allowed} allowed)")
+    for row in table.layers:
+        here = [named[node] for node in row.onnx if node in named]
+        allowed = sum(_scales_of(here))
+        for each in row.constants:
+            as_long = any(linear.shape[1] in each.dims for linear in here)
+            if each.type in FLOATS and as_long and each.elements > allowed:
+                nodes = ", ".join(linear.node for linear in here)
+                bad.append(f"{nodes} ({each.elements} elements, {allowed} allowed)")
     return _none_of("A5", bad, "a float constant as large as weights")
+
+
+def _scales_of(linears: list[QuantizedLinear]) -> list[int]:
+    """Elements that each linear's scales, or a vector of its inputs or outputs, may have."""
+    return [
+        max(n * math.ceil(k / linear.group_size), n, k)
+        for linear in linears
+        for n, k in (linear.shape,)
+    ]
 
 
 def _fused_attention(table: LayerTable) -> list[Layer]:

@@ -1,0 +1,212 @@
+"""The layer table, on tables that TensorRT for RTX 1.7.1.116 printed for `trt_graphs.decoder_block`.
+
+``packed`` is what we want, ``slow`` has one scale per column (dequantized at run time), ``float`` was built from
+fp16 weights. The recorded files hold the table alone, without the times in front of its messages.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mbq_export.backends._trt_layers import LayerTable, checks, profile_shapes
+from mbq_export.backends.base import EngineGraph, SizeRange, TensorSpec
+from mbq_export.errors import BuildError
+from mbq_export.report import Check
+from tests.backends import trt_graphs
+
+RECORDED = Path(__file__).parents[1] / "golden" / "trt_layers"
+
+
+def table_of(name: str) -> LayerTable:
+    return LayerTable.parse(lines_of(name))
+
+
+def lines_of(name: str) -> list[str]:
+    return (RECORDED / f"rtx_1.7.1_{name}.log").read_text().split("\n")
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> EngineGraph:
+    return trt_graphs.decoder_block(tmp_path)
+
+
+def verdicts(table: LayerTable, graph: EngineGraph) -> dict[str, bool | None]:
+    return {check.name.removeprefix("engine."): check.ok for check in checks(table, graph)}
+
+
+def found(table: LayerTable, graph: EngineGraph, name: str) -> Check:
+    return next(check for check in checks(table, graph) if check.name == f"engine.{name}")
+
+
+def test_every_row_of_the_log_is_read() -> None:
+    lines = lines_of("packed")
+    table = LayerTable.parse(lines)
+    assert len(table.layers) == sum("LayerType:" in line for line in lines) > 5
+    assert len(table.io) == sum("IOMode:" in line for line in lines) == 8
+
+
+def test_row_holds_nodes_types_and_shapes() -> None:
+    (row,) = table_of("packed").rows_of("layers.0.o_proj")
+    assert row.type == "runtime_fusion"
+    assert row.onnx == ("n.layers.0.o_proj.w", "layers.0.o_proj")
+    assert [(each.type, each.dims) for each in row.inputs] == [("Half", (1, -1, 128))]
+    assert [(each.type, each.dims) for each in row.constants] == [
+        ("Int4", (1, 128, 128)),
+        ("Half", (1, 2, 128)),
+    ]
+    assert [each.size for each in row.constants] == [128 * 128 // 2, 2 * 128 * 2]
+
+
+def test_merged_projections_are_found_under_each_name() -> None:
+    table = table_of("float")
+    rows = [table.rows_of(f"layers.0.{role}_proj") for role in "qkv"]
+    assert len(rows[0]) == 1
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_io_row_holds_the_profile() -> None:
+    tensor = next(each for each in table_of("packed").io if each.name == "x")
+    assert (tensor.mode, tensor.type) == ("Input", "Half")
+    assert tensor.profile == ((1, 1, 128), (1, 1, 128), (1, 64, 128))
+
+
+def test_node_names_are_split_with_and_without_a_separator() -> None:
+    row = (
+        "Name: a, LayerType: kgen, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, "
+        "Metadata: [ONNX Layer: one]{}[ONNX Layer: two]"
+    )
+    io = "Name: x, IOMode: Input, DataType: Half, Dimensions: [1,8]"
+    for separator in ("", "\x1e", "\x1f"):
+        table = LayerTable.parse([row.format(separator), io])
+        assert table.layers[0].onnx == ("one", "two")
+
+
+def test_packed_engine_passes_every_check(graph: EngineGraph) -> None:
+    assert verdicts(table_of("packed"), graph) == {
+        "A2": True,
+        "A3": True,
+        "A5": True,
+        "A6.attention": True,
+        "A6.cache": True,
+        "A7": True,
+        "A8": True,
+    }
+
+
+def test_dequantization_at_run_time_fails_a2_and_a3(graph: EngineGraph) -> None:
+    table = table_of("slow")
+    assert not verdicts(table, graph)["A2"]
+    check = found(table, graph, "A3")
+    assert check.ok is False
+    assert check.value == 4
+    assert "dequantized to memory before the multiplication: n.layers.0." in check.why
+
+
+def test_float_weights_fail_a2_a5_and_a7(graph: EngineGraph) -> None:
+    table = table_of("float")
+    failed = {name for name, ok in verdicts(table, graph).items() if not ok}
+    assert failed == {"A2", "A5", "A7"}
+    assert "layers.0.o_proj (16384 elements, 256 allowed)" in found(table, graph, "A5").why
+    assert "layers.0.q_proj" in found(table, graph, "A2").place
+
+
+def test_linear_that_vanished_fails_a2(graph: EngineGraph) -> None:
+    table = table_of("packed")
+    rest = tuple(row for row in table.layers if "layers.0.o_proj" not in row.onnx)
+    check = found(replace(table, layers=rest), graph, "A2")
+    assert (check.ok, check.place) == (False, "layers.0.o_proj")
+
+
+def test_decomposed_attention_fails_a6(graph: EngineGraph) -> None:
+    table = table_of("packed")
+    rest = tuple(row for row in table.layers if "_mha_" not in row.name)
+    check = found(replace(table, layers=rest), graph, "A6.attention")
+    assert (check.ok, check.why) == (False, "expected 1, found 0")
+
+
+def test_cache_that_is_copied_fails_a6(graph: EngineGraph) -> None:
+    """A row that writes an output without reading it copies the cache instead of updating it in place."""
+    table = table_of("packed")
+    copied = tuple(
+        replace(row, inputs=tuple(each for each in row.inputs if "present" not in each.name))
+        for row in table.layers
+    )
+    check = found(replace(table, layers=copied), graph, "A6.cache")
+    assert (check.ok, check.value, check.threshold) == (False, 0, 2)
+
+
+def test_checks_that_do_not_apply_are_left_out(graph: EngineGraph) -> None:
+    plain = replace(graph, attention_layers=None, kv_updates=None, weight_bytes=None)
+    assert set(verdicts(table_of("packed"), plain)) == {"A2", "A3", "A5", "A8"}
+
+
+@pytest.mark.parametrize(("share", "ok"), [(1.0, True), (0.985, True), (0.97, False), (1.03, False)])
+def test_constants_may_differ_by_two_percent(graph: EngineGraph, share: float, ok: bool) -> None:
+    assert graph.weight_bytes is not None
+    other = replace(graph, weight_bytes=round(graph.weight_bytes * share))
+    assert verdicts(table_of("packed"), other)["A7"] is ok
+
+
+def test_a_constant_that_two_rows_read_counts_once(graph: EngineGraph) -> None:
+    table = table_of("packed")
+    (row,) = table.rows_of("layers.0.o_proj")
+    twice = replace(table, layers=(*table.layers, replace(row, name="again")))
+    assert found(twice, graph, "A7").value == found(table, graph, "A7").value
+
+
+def test_other_name_type_or_profile_fails_a8(graph: EngineGraph) -> None:
+    table = table_of("packed")
+    x = graph.inputs[0]
+    for spec, words in (
+        (replace(x, name="inputs_embeds"), "inputs_embeds, x"),
+        (replace(x, dtype="float32"), "x is Half, not float32"),
+        (replace(x, shape=(1, "sequence_length", 64)), "x has profile"),
+    ):
+        check = found(table, replace(graph, inputs=(spec, *graph.inputs[1:])), "A8")
+        assert check.ok is False
+        assert words in check.why
+
+
+def test_log_without_a_table_is_an_error_not_an_empty_table() -> None:
+    with pytest.raises(BuildError, match=r"0 layers and 0 inputs .* in a log with 3 lines") as error:
+        LayerTable.parse(["[TRT] [V] Layers:", "", "Engine generation completed"])
+    assert error.value.code == "E6012"
+
+
+def test_rows_without_the_io_table_are_an_error() -> None:
+    rows = [line for line in lines_of("packed") if "IOMode:" not in line]
+    with pytest.raises(BuildError, match=r"\d+ layers and 0 inputs and outputs recognised"):
+        LayerTable.parse(rows)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (", TacticName: ", ", Tactic: ", "a row is written in an unknown way"),
+        ("Datatype: Int4", "Datatype: Int3", "tensors are written in an unknown way"),
+        ("Dimensions: [1,128,128]", "Shape: [1,128,128]", "tensors are written in an unknown way"),
+        ("IOMode: Input, DataType", "IOMode: Input, Type", "an input or output is written in an unknown"),
+    ],
+)
+def test_changed_grammar_is_an_error(old: str, new: str, words: str) -> None:
+    lines = [line.replace(old, new) for line in lines_of("packed")]
+    assert lines != lines_of("packed")
+    with pytest.raises(BuildError, match=words) as error:
+        LayerTable.parse(lines)
+    assert error.value.code == "E6012"
+
+
+def test_json_form_is_what_readers_expect() -> None:
+    entry = table_of("packed").as_json()
+    assert set(entry) == {"layers", "io"}
+    row = next(each for each in entry["layers"] if "layers.0.o_proj" in each["onnx"])
+    assert row["const"][0][1:] == ["Int4", [1, 128, 128]]
+    assert set(row) == {"name", "type", "onnx", "in", "const", "out", "tactic"}
+
+
+def test_profile_replaces_every_symbol() -> None:
+    spec = TensorSpec(name="pixel_values", dtype="float16", shape=("tiles", 3, 48, 48))
+    tiles = {"tiles": SizeRange(smallest=1, typical=5, largest=10)}
+    graph = EngineGraph(name="v", onnx=Path("v.onnx"), inputs=(spec,), outputs=(), sizes=tiles)
+    assert profile_shapes(spec, graph) == ((1, 3, 48, 48), (5, 3, 48, 48), (10, 3, 48, 48))
