@@ -31,6 +31,11 @@ from mbq_export.state import revision_of
 from mbq_export.target import AUTO, SERVED, Target
 from mbq_export.writing import refuse_existing
 
+CODE: Final = (
+    "schemes", "families", "blocks", "calibrate", "quantize", "export", "checkpoint", "channel_scales", "tensor_file",
+)  # fmt: skip
+"""Packages whose change would make a resumed build a mixture of two programs."""
+
 DEFAULT_DATA: Final = "builtin:shapes"
 DEFAULT_BITS: Final = 3
 UNQUANTIZED_BITS: Final = 16
@@ -392,5 +397,5 @@ def _fingerprint(plan: Plan) -> dict[str, object]:
         "seed": request.seed,
         "layouts": {name: layout.version for name, layout in LAYOUTS.members().items()},
         "packages": {**package_versions(), "mbq-export": __version__},
-        "code": revision_of("schemes", "families", "blocks", "calibrate", "quantize", "export"),
+        "code": revision_of(*CODE),
     }

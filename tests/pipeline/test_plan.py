@@ -51,14 +51,22 @@ def test_fingerprint_ignores_the_place_and_follows_the_options(request_: BuildRe
         ({"group_size": 100}, "E2004", "Group size 100 does not divide in_features 256."),
         ({"method": "mqb"}, "E2001", "Unknown method 'mqb'."),
         ({"scheme": "w2a16"}, "E2001", "Unknown scheme 'w2a16'."),
-        ({"scheme": "w4a16"}, "E2002", "--scheme w4a16 and --wbits 3 contradict each other."),
+        (
+            {"scheme": "w4a16", "weight_bits": 3},
+            "E2002",
+            "--scheme w4a16 and --wbits 3 contradict each other.",
+        ),
         ({"model": "llava-ov-8b"}, "E2001", "Unknown model 'llava-ov-8b'."),
         ({"model": "llava-ov-7b"}, "E3014", "The model llava-ov-7b is not on this machine."),
         ({"gate": "off"}, "E2002", "--gate off has no reason."),
         ({"gate": "maybe", "gate_reason": "x"}, "E2001", "Unknown gate 'maybe'."),
         ({"targets": ("orin:rtx",)}, "E2012", "rtx cannot build engines for orin (sm87)."),
         ({"targets": ("rtx5090",)}, "E2001", "Unknown target 'rtx5090'."),
-        ({"max_context": 10_000}, "E2009", "A context of 10000 tokens is longer than the model's 512."),
+        (
+            {"max_context": 10_000},
+            "E2009",
+            "A context of 10000 tokens is longer than the model's 512.",
+        ),
     ],
 )
 def test_bad_option_is_refused_by_value(
