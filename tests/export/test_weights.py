@@ -1,6 +1,9 @@
 """Constants made block by block equal those made in one piece."""
 
 import io
+import os
+import tracemalloc
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -132,3 +135,19 @@ def test_constant_that_yields_too_little_is_a_bug_of_ours() -> None:
     )
     with pytest.raises(InternalError, match="w yielded 12 bytes instead of 16"):
         written(tensor)
+
+
+def test_writing_a_large_weight_holds_one_block_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unpacked, the weight has 4 MB of codes; a block has a sixteenth of that."""
+    monkeypatch.setattr(weights, "BLOCK_ELEMENTS", 1 << 18)
+    rng = np.random.default_rng(0)
+    source = source_of(random_packed(rng, n=1024, k=4096, bits=3, group_size=128))
+    tensor = weights.signed_codes_tensor("q", source, minus_zero=True)
+    with Path(os.devnull).open("wb") as file:
+        tracemalloc.start()
+        tensor.tofile(file)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 4 << 20

@@ -1,0 +1,84 @@
+"""The traced tower against the torch tower, for numbers of tiles that the trace did not see."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from mbq_export.backends.ort import open_graph
+from mbq_export.checkpoint import QuantCheckpoint
+from mbq_export.errors import FormatError
+from mbq_export.evaluate.tolerances import BLOCK_FP16, BLOCK_FP32
+from mbq_export.export.check import check_graph
+from mbq_export.export.graph import Emitter
+from mbq_export.export.profile import OPSET23
+from mbq_export.export.save import save_graph
+from mbq_export.export.vision import halve, vision_graph
+from mbq_export.schemes.base import PackedWeight
+from tests.export import decoders
+from tests.export.one_linear import relative_error
+
+
+@pytest.fixture(scope="module")
+def graphs() -> Iterator[dict[str, Path]]:
+    """One trace, saved in both dtypes; no packed linear may be read for it."""
+    checkpoint = decoders.checkpoint()
+
+    def fail(*_: object) -> PackedWeight:
+        raise AssertionError("a packed linear was read")
+
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QuantCheckpoint, "packed", fail)
+        traced = vision_graph(checkpoint, family=decoders.FAMILY, profile=OPSET23)
+        paths = {dtype: Path(folder) / f"{dtype}.onnx" for dtype in ("fp32", "fp16")}
+        save_graph(traced, paths["fp32"])
+        halve(traced)
+        save_graph(traced, paths["fp16"])
+        yield paths
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 5])
+@pytest.mark.parametrize(("dtype", "limit"), [("fp32", BLOCK_FP32), ("fp16", BLOCK_FP16)])
+def test_features_are_those_of_torch(
+    tiles: int, dtype: str, limit: float, graphs: dict[str, Path]
+) -> None:
+    model = decoders.oracle()
+    pixels = torch.randn(tiles, 3, 48, 48, generator=torch.Generator().manual_seed(tiles))
+    with torch.no_grad():
+        wanted = model.family.vision_module(model)(pixels).numpy()
+    with open_graph(graphs[dtype], threads=1) as engine:
+        (port,) = engine.inputs
+        found = engine.run({port.name: pixels.numpy().astype(port.dtype)})["image_features"]
+    assert found.shape == wanted.shape == (tiles, 36, 128)
+    assert relative_error(found, wanted) <= limit
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_graph_passes_the_validator_and_tells_no_place(dtype: str, graphs: dict[str, Path]) -> None:
+    check_graph(graphs[dtype])
+    content = graphs[dtype].read_bytes()
+    assert b"stack_trace" not in content
+    assert b"site-packages" not in content
+
+
+def test_attention_is_one_node_per_layer(graphs: dict[str, Path]) -> None:
+    graph = onnx.load(graphs["fp32"], load_external_data=False).graph
+    assert sum(node.op_type == "Attention" for node in graph.node) == 1
+
+
+def test_nodes_say_which_module_they_belong_to(graphs: dict[str, Path]) -> None:
+    graph = onnx.load(graphs["fp32"], load_external_data=False).graph
+    names = {node.name for node in graph.node}
+    assert {"layers.0.self_attn.q_proj.MatMul", "projector.linear_2.Add"} <= names
+
+
+def test_a_tower_of_mixed_precision_is_not_halved() -> None:
+    g = Emitter(profile=OPSET23, dtype="fp32")
+    x = g.input("x", [2])
+    cast = g.op("Cast", [x], g.value("y", [2]), to=ir.DataType.FLOAT)
+    with pytest.raises(FormatError, match="cannot be written in fp16: y chooses a type of its own"):
+        halve(g.model("mixed", [cast]))
