@@ -41,6 +41,9 @@ CACHES: Final = 4
 PIECE: Final = 64 << 20
 """Least bytes one thread reads per timing, so that starting it costs nothing beside the reading."""
 
+SMALLEST_SHARE: Final = 64 << 10
+"""Below this, calling the search costs as much as reading."""
+
 PASSES: Final = 5
 FILLING: Final = 1
 ABSENT: Final = 0
@@ -105,12 +108,12 @@ class Bandwidth:
         The C library's ``memchr`` does nothing but read, with the widest loads the CPU has.
 
         Args:
-            size: Bytes; at least one per thread.
+            size: Bytes; at least `SMALLEST_SHARE` per thread are read.
             threads: 0 takes all CPUs of this process.
             passes: Timings to take, at least 1.
         """
         threads = threads or granted_cpus()
-        share = max(1, size // threads)
+        share = max(SMALLEST_SHARE, size // threads)
         buffer = np.full(share * threads, FILLING, np.uint8)
         rounds = max(1, PIECE // share)
         scan = _memchr()
