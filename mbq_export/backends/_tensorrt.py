@@ -21,7 +21,7 @@ from mbq_export.backends import _trt_flavour, _trt_layers
 from mbq_export.backends._trt_flavour import Installed
 from mbq_export.backends._trt_job import JOB, LOG, PLAN, Job, Result
 from mbq_export.backends._trt_layers import LayerTable, profile_shapes
-from mbq_export.backends._trt_outcome import checked
+from mbq_export.backends._trt_outcome import Story, checked
 from mbq_export.backends.base import (
     Availability,
     EngineFile,
@@ -29,7 +29,7 @@ from mbq_export.backends.base import (
     EngineRecord,
     EngineRequest,
 )
-from mbq_export.errors import MachineError, ResourceError, UsageError, located
+from mbq_export.errors import FormatError, MachineError, ResourceError, UsageError, located
 from mbq_export.native import PROBE_TIMEOUT_S, available_memory, local_gpu, run_child
 from mbq_export.progress import Progress, silent
 from mbq_export.reading import sha256_of
@@ -214,8 +214,16 @@ def check_memory(graph: EngineGraph, *, available: int | None = None) -> None:
         available: Free bytes; asked from the system if None.
 
     Raises:
+        FormatError: E4404 if there is no such file.
         ResourceError: E5003 with both numbers.
     """
+    if not graph.onnx.is_file():
+        raise FormatError(
+            "E4404",
+            f"{graph.onnx} does not exist.",
+            why="every engine is built from an exported graph",
+            fix="export the model again",
+        )
     weights = sum(path.stat().st_size for path in graph_files(graph.onnx))
     peak = int(BUILD_BYTES_PER_WEIGHT_BYTE * weights) + BUILD_BYTES
     free = available_memory() if available is None else available
@@ -248,6 +256,8 @@ def _one_engine(
             (Path(work) / path.name).symlink_to(path.resolve())
         job = _job("build", installed, Path(work), graph, request)
         outcome = run_job(job, installed, timeout_s=request.timeout_s, worker=worker, logs=logs)
+        for warning in Story.read(outcome.workdir / LOG).warnings:
+            logger.warning("tensorrt: %s", warning)
         with (outcome.workdir / LOG).open(errors="replace") as lines:
             table = LayerTable.parse(lines)
         path = folder / f"{graph.name}.engine"

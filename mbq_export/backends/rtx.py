@@ -11,6 +11,7 @@ from mbq_export.progress import Progress
 
 FLAVOUR: Final = "rtx"
 NVIDIA: Final = "0x10de"
+PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
 RUNS_HERE: Final = "--backend ort runs the same bundle on this machine"
 
 
@@ -31,7 +32,7 @@ def open_engine(path: Path) -> NoReturn:
         MachineError: E3001 without a GPU, E3002 without its driver.
         UsageError: E2015 where both are there: this release has no runner for engines.
     """
-    if not _has_nvidia_gpu(Path("/sys/bus/pci/devices")):
+    if not _has_nvidia_gpu(PCI_DEVICES):
         raise MachineError(
             "E3001",
             f"{path.name} cannot run: this machine has no NVIDIA GPU.",
