@@ -332,7 +332,7 @@ class Report:
             raise _damaged(name, f"{type(error).__name__} {error}") from error
 
 
-def nullable(key: str, value: Number | None, *, why: str) -> dict[str, Any]:
+def nullable(key: str, value: Any, *, why: str) -> dict[str, Any]:
     """Return ``{key: value}``, or null with ``<key>_why`` beside it."""
     return {key: value} if value is not None else {key: None, f"{key}_why": why}
 

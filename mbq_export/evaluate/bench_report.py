@@ -35,10 +35,12 @@ from mbq_export.evaluate.figures import (
 from mbq_export.evaluate.roofline import Roofline, StepBytes, graph_step, packed_step
 from mbq_export.evaluate.telemetry import Bandwidth
 from mbq_export.families.locate import family_of
-from mbq_export.report import Measurement, Report, nullable, shown
+from mbq_export.report import Report, nullable, shown
 from mbq_export.runtime import DECODER, TORCH, graph_record
 
 COLD: Final = "sessions were opened in a process that had its libraries loaded"
+NO_GRAPH: Final = "the torch backend runs no graph"
+UNRECORDED: Final = "the bundle's manifest does not say"
 UNTOLD: Final = "the system does not tell"
 
 
@@ -161,9 +163,9 @@ def _run_json(run: Run, bandwidth: Bandwidth) -> dict[str, Any]:
         },
         "phases": {
             "load": {"warm_ms": run.load.load_ms, "cold_ms": None, "cold_ms_why": COLD},
-            **{name: _summary(run.measurement(name)) for name in PHASES},
+            **_summaries(run, {name: name for name in PHASES}),
         },
-        **{f"{name}_ms": _summary(run.measurement(name)) for name in TOTALS},
+        **_summaries(run, {name: f"{name}_ms" for name in TOTALS}),
         "first_request": {"ttft_ms": run.load.first.ttft_ms, "e2e_ms": run.load.first.e2e_ms},
         "tokens_per_second": run.rates(),
         "memory": _memory_json(run.load),
@@ -175,14 +177,14 @@ def _run_json(run: Run, bandwidth: Bandwidth) -> dict[str, Any]:
 
 
 def _bundle_json(run: Run) -> dict[str, Any]:
-    quant = run.bundle.manifest.get("quant") or {}
+    scheme = run.bundle.manifest.get("quant", {}).get("scheme", {})
     return {
         "name": run.bundle.name,
         "sha256": run.bundle.sha256,
-        "scheme": (quant.get("scheme") or {}).get("name"),
-        "group_size": (quant.get("scheme") or {}).get("group_size"),
+        **nullable("scheme", scheme.get("name"), why=UNRECORDED),
+        **nullable("group_size", scheme.get("group_size"), why=UNRECORDED),
         "backend": run.backend,
-        "lowering": None if run.backend == TORCH else run.lowering,
+        **nullable("lowering", None if run.backend == TORCH else run.lowering, why=NO_GRAPH),
         "accuracy_level": run.accuracy_level,
         "threads": run.threads,
     }
@@ -197,9 +199,15 @@ def _memory_json(load: Load) -> dict[str, Any]:
     }
 
 
-def _summary(measurement: Measurement) -> dict[str, Any] | None:
-    spread = measurement.spread
-    return spread.as_json("ms") if spread else None
+def _summaries(run: Run, keys: Mapping[str, str]) -> dict[str, Any]:
+    """Statistics of figures under their keys; null with the reason where there are no samples."""
+    found: dict[str, Any] = {}
+    for name, key in keys.items():
+        measurement = run.measurement(name)
+        spread = measurement.spread
+        summary = spread.as_json(measurement.unit) if spread else None
+        found |= nullable(key, summary, why=measurement.why)
+    return found
 
 
 def _rooflines(run: Run, bandwidth: Bandwidth) -> dict[str, Any]:
@@ -226,5 +234,5 @@ def _rooflines(run: Run, bandwidth: Bandwidth) -> dict[str, Any]:
         for step in steps
     }
     if run.backend == TORCH:
-        found |= {"graph": None, "graph_why": "the torch backend runs no graph"}
+        found |= nullable("graph", None, why=NO_GRAPH)
     return found
