@@ -44,7 +44,7 @@ def command(
     """
     from mbq_export.bundle import Bundle
     from mbq_export.evaluate.bench import Contender, Protocol, bench, matrix
-    from mbq_export.evaluate.figures import comparison_rows, noise_error, rows
+    from mbq_export.evaluate.bench_report import comparison_rows, noise_error, rows
 
     console: Console = context.obj
     contenders = [
