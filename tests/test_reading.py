@@ -281,6 +281,15 @@ def test_damaged_header_is_refused_with_the_tensor(
     assert caught.value.code == "E4101"
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x8B1F])
+def test_header_whose_length_reads_like_another_format_is_a_header(
+    tmp_path: Path, length: int
+) -> None:
+    text = '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'.ljust(length)
+    path = write(tmp_path / "x", length.to_bytes(8, "little") + text.encode() + b"\0")
+    assert list(safetensors_header(path)) == ["a"]
+
+
 def test_empty_tensors_may_share_a_place(tmp_path: Path) -> None:
     empty = '"{}": {{"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}'
     path = header_file(tmp_path / "m", "{" + empty.format("a") + "," + empty.format("b") + "}")
