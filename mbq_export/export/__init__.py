@@ -27,6 +27,7 @@ from mbq_export.export.lowerings import LOWERINGS
 from mbq_export.export.passes import PASSES
 from mbq_export.export.profile import OPSET23, profile_for
 from mbq_export.export.record import (
+    DTYPES,
     HOST_TENSORS,
     RECORD,
     ExportRecord,
@@ -165,13 +166,6 @@ class _Export:
     def records(
         self, dtypes: tuple[str, ...], forms: tuple[GraphForm, ...]
     ) -> Iterator[GraphRecord]:
-        traced = vision.vision_graph(self.checkpoint, family=self.family, profile=OPSET23)
-        for dtype in sorted(dtypes, key=("fp32", "fp16").index):
-            if dtype == "fp16":
-                vision.halve(traced)
-            yield self.written(traced, file_name(vision.GRAPH_NAME, dtype), dtype)
-        # Its weights are in memory; the decoder's are read while they are written.
-        del traced
         for dtype in dtypes:
             table = embed.embed_graph(
                 self.checkpoint, family=self.family, dtype=dtype, profile=OPSET23
@@ -180,6 +174,12 @@ class _Export:
         for form in forms:
             with located(form.file_name):
                 yield self.decoder(form)
+        # Last, because it takes longest: what else is wrong shows before.
+        traced = vision.vision_graph(self.checkpoint, family=self.family, profile=OPSET23)
+        for dtype in sorted(dtypes, key=DTYPES.index):
+            if dtype == "fp16":
+                vision.halve(traced)
+            yield self.written(traced, file_name(vision.GRAPH_NAME, dtype), dtype)
 
     def decoder(self, form: GraphForm) -> GraphRecord:
         shape = self.family.text_shape(self.checkpoint.config)

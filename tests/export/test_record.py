@@ -98,7 +98,7 @@ def test_malformed_records_are_refused(
 
 
 def test_missing_record_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="there is no mbq_export.json in"):
+    with pytest.raises(FormatError, match=r"there is no mbq_export\.json in"):
         ExportRecord.read(tmp_path)
 
 

@@ -74,7 +74,7 @@ def test_a_graph_of_megabytes_is_a_bug_of_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(save, "LARGEST_PROTO", 100)
-    with pytest.raises(InternalError, match="g.onnx has .* bytes of graph"):
+    with pytest.raises(InternalError, match=r"g\.onnx has .* bytes of graph"):
         save_graph(model(), tmp_path / "g.onnx")
 
 
