@@ -23,7 +23,8 @@ def command(
     mbq-export quantize --model tiny-llava-ov --scales scales -o checkpoint
     """
     from mbq_export.channel_scales import ChannelScales
-    from mbq_export.pipeline.plan import BuildRequest, make_plan
+    from mbq_export.pipeline.plan import make_plan
+from mbq_export.pipeline.request import BuildRequest
     from mbq_export.quantize import quantize
 
     console: Console = context.obj

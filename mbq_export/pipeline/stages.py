@@ -25,7 +25,8 @@ from mbq_export.export import ExportRecord, GraphForm, export
 from mbq_export.families.base import LoadedModel
 from mbq_export.pipeline.calibration import channel_scales
 from mbq_export.pipeline.engines import build_engines, engine_facts
-from mbq_export.pipeline.plan import BuildRequest, Plan, machine_class, make_plan, package_versions
+from mbq_export.pipeline.plan import Plan, machine_class, make_plan, package_versions
+from mbq_export.pipeline.request import BuildRequest
 from mbq_export.progress import Progress
 from mbq_export.quantize import quantize
 from mbq_export.reading import read_json

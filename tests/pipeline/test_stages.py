@@ -4,16 +4,16 @@ import json
 import signal
 import subprocess
 import time
-from dataclasses import dataclass, field
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from mbq_export.bundle import Bundle
 from mbq_export.errors import GateError, MbqError
-from mbq_export.pipeline.plan import BuildRequest
+from mbq_export.pipeline.request import BuildRequest
 from mbq_export.pipeline.stages import build
 from mbq_export.progress import Progress, silent
 from mbq_export.writing import partial_path

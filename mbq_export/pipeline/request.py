@@ -1,0 +1,181 @@
+"""What the user asked for, and what each option means once it is checked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from mbq_export.backends import BACKENDS
+from mbq_export.calibrate.data import CalibrationData, read_manifest
+from mbq_export.errors import MachineError, UsageError
+from mbq_export.families.base import TextShape
+from mbq_export.families.locate import SHIPPED
+from mbq_export.native import local_gpu
+from mbq_export.schemes import SCHEMES
+from mbq_export.schemes.base import QuantScheme
+from mbq_export.target import AUTO, SERVED, Target
+
+DEFAULT_DATA: Final = "builtin:shapes"
+DEFAULT_BITS: Final = 3
+UNQUANTIZED_BITS: Final = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest:
+    """What the user asked for, options as typed.
+
+    Attributes:
+        model: Folder or alias.
+        out: Bundle folder to make.
+        weight_bits: 3, 4, or 16 for the unquantized baseline; None is 3, or what the scheme says.
+        scheme: Says the same as ``weight_bits``, or None.
+        group_size: Columns that share a scale.
+        method: Name of a preset.
+        replaced: Switches of the preset that the user set.
+        data: Calibration manifest, or None for the default of the shipped model.
+        samples: Calibration samples.
+        targets: Devices, for example ``rtx4090:rtx``.
+        max_context: Longest sequence of the graphs; None takes the model's own limit, at most 4096.
+        seed: Every random choice.
+        text_only_ok: Accept calibration data without pictures.
+        skip_bad: Unreadable samples to tolerate.
+        models: Folder of local models, searched for aliases and hub ids.
+        force: Replace an existing bundle.
+        fresh: Start again instead of resuming.
+        gate: ``on``, ``warn`` or ``off``.
+        gate_reason: Why the gate is not ``on``; lands in the manifest.
+        require_engine: A target whose engine cannot be built here is an error.
+        engine_timeout_s: Limit for one engine.
+        command: The command line, for provenance and the resume hint.
+    """
+
+    model: str
+    out: Path
+    weight_bits: int | None = None
+    scheme: str | None = None
+    group_size: int = 128
+    method: str = "mbq"
+    replaced: Mapping[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    samples: int = 128
+    targets: tuple[str, ...] = ("auto",)
+    max_context: int | None = None
+    seed: int = 0
+    text_only_ok: bool = False
+    skip_bad: int = 0
+    models: Path | None = None
+    force: bool = False
+    fresh: bool = False
+    gate: str = "on"
+    gate_reason: str = ""
+    require_engine: bool = False
+    engine_timeout_s: float = 3600.0
+    command: str = ""
+
+
+def scheme_of(request: BuildRequest) -> QuantScheme | None:
+    by_bits = {scheme.weight_bits: scheme for scheme in SCHEMES.members().values()}
+    named = None if request.scheme is None else SCHEMES[request.scheme]
+    if named is not None and request.weight_bits not in {None, named.weight_bits}:
+        raise UsageError(
+            "E2002",
+            f"--scheme {named.name} and --wbits {request.weight_bits} contradict each other.",
+            why=f"{named.name} has {named.weight_bits} bits",
+            fix=f"--scheme {named.name}",
+        )
+    if named is not None:
+        return named
+    bits = DEFAULT_BITS if request.weight_bits is None else request.weight_bits
+    if bits == UNQUANTIZED_BITS:
+        return None
+    if bits not in by_bits:
+        raise UsageError(
+            "E2005",
+            f"--wbits {bits} is not a width of any scheme.",
+            why=f"known: {', '.join(map(str, sorted(by_bits)))}, and {UNQUANTIZED_BITS} for the baseline",
+            fix=("--wbits 3", "--wbits 4"),
+        )
+    return by_bits[bits]
+
+
+def check_gate(request: BuildRequest) -> None:
+    if request.gate not in {"on", "warn", "off"}:
+        raise UsageError(
+            "E2001", f"Unknown gate {request.gate!r}.", why="known: on, warn, off", fix="--gate on"
+        )
+    if request.gate != "on" and not request.gate_reason:
+        raise UsageError(
+            "E2002",
+            f"--gate {request.gate} has no reason.",
+            why="a bundle whose checks were overridden says why, in its manifest and every report",
+            fix='--gate-reason "..."',
+        )
+
+
+def check_context(request: BuildRequest, text: TextShape) -> None:
+    if request.max_context is not None and request.max_context > text.max_positions:
+        raise UsageError(
+            "E2009",
+            f"A context of {request.max_context} tokens is longer than the model's {text.max_positions}.",
+            why="its positions were never trained beyond that",
+            fix=f"--max-context {text.max_positions}",
+        )
+
+
+def data_of(request: BuildRequest) -> CalibrationData:
+    name = request.data
+    if name is None and (request.model == SHIPPED or request.method == "rtn"):
+        name = DEFAULT_DATA
+    if name is None:
+        raise UsageError(
+            "E2017",
+            f"--method {request.method} needs calibration data for {request.model}.",
+            why="scales are searched on pictures and answers like those of the deployment",
+            fix=("--data calib.jsonl", f"--data {DEFAULT_DATA} (a smoke test, not for real use)"),
+        )
+    return read_manifest(
+        name,
+        samples=request.samples,
+        seed=request.seed,
+        text_only_ok=request.text_only_ok,
+        skip_bad=request.skip_bad,
+    )
+
+
+def targets_of(request: BuildRequest) -> tuple[tuple[Target, ...], dict[str, str]]:
+    targets, skipped = [], {}
+    for text in request.targets:
+        target = _local_target() if text == AUTO else Target.parse(text)
+        if target.flavour == "cpu":
+            continue
+        targets.append(target)
+        reason = _cannot_build(target)
+        if not reason:
+            continue
+        if request.require_engine:
+            raise MachineError(
+                "E3003", f"No engine for {target} can be built here.", why=reason[0], fix=reason[1]
+            )
+        skipped[str(target)] = f"{reason[0]}: {reason[1]}"
+    return tuple(targets), skipped
+
+
+def _local_target() -> Target:
+    """This machine's GPU, if engines can be built ahead of time for it; else ``cpu``, which needs no engine."""
+    gpu = local_gpu()
+    return Target.parse("cpu" if gpu is None or gpu.sm not in SERVED["rtx"] else f"sm{gpu.sm}:rtx")
+
+
+def _cannot_build(target: Target) -> tuple[str, str] | None:
+    backend = BACKENDS.members().get(target.flavour)
+    if backend is None or backend.build is None:
+        return (
+            f"engines of flavour {target.flavour} are finished on the device",
+            "--target DEVICE:rtx",
+        )
+    available = backend.available()
+    return (
+        None
+        if available.ok
+        else (f"found {available.found}, needed {available.needed}", available.fix)
+    )
