@@ -43,7 +43,7 @@ def test_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
 
 
 def test_unwritable_place_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match="Cannot write .*nowhere") as caught:
+    with pytest.raises(ResourceError, match=r"Cannot write .*nowhere") as caught:
         write_file(tmp_path / "nowhere" / "a.json", b"")
     assert caught.value.code == "E5008"
 

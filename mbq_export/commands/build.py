@@ -67,7 +67,7 @@ def command(
     mbq-export build --model tiny-llava-ov --wbits 3 -o out
     """
     from mbq_export.pipeline.plan import make_plan
-from mbq_export.pipeline.request import BuildRequest
+    from mbq_export.pipeline.request import BuildRequest
     from mbq_export.pipeline.stages import build
 
     console: Console = context.obj

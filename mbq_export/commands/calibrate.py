@@ -27,7 +27,7 @@ def command(
     from mbq_export.calibrate.sensitivity import rows
     from mbq_export.pipeline.calibration import channel_scales
     from mbq_export.pipeline.plan import make_plan
-from mbq_export.pipeline.request import BuildRequest
+    from mbq_export.pipeline.request import BuildRequest
     from mbq_export.writing import partial_path, publish
 
     console: Console = context.obj

@@ -24,7 +24,7 @@ def command(
     """
     from mbq_export.channel_scales import ChannelScales
     from mbq_export.pipeline.plan import make_plan
-from mbq_export.pipeline.request import BuildRequest
+    from mbq_export.pipeline.request import BuildRequest
     from mbq_export.quantize import quantize
 
     console: Console = context.obj

@@ -74,6 +74,11 @@ class BuildRequest:
 
 
 def scheme_of(request: BuildRequest) -> QuantScheme | None:
+    """Return the scheme that the width and the name agree on; None for the unquantized baseline.
+
+    Raises:
+        UsageError: E2001, E2002, E2005.
+    """
     by_bits = {scheme.weight_bits: scheme for scheme in SCHEMES.members().values()}
     named = None if request.scheme is None else SCHEMES[request.scheme]
     if named is not None and request.weight_bits not in {None, named.weight_bits}:
@@ -99,6 +104,11 @@ def scheme_of(request: BuildRequest) -> QuantScheme | None:
 
 
 def check_gate(request: BuildRequest) -> None:
+    """Refuse an unknown gate, and one that is not on without a reason.
+
+    Raises:
+        UsageError: E2001, E2002.
+    """
     if request.gate not in {"on", "warn", "off"}:
         raise UsageError(
             "E2001", f"Unknown gate {request.gate!r}.", why="known: on, warn, off", fix="--gate on"
@@ -113,6 +123,11 @@ def check_gate(request: BuildRequest) -> None:
 
 
 def check_context(request: BuildRequest, text: TextShape) -> None:
+    """Refuse a context beyond the model's positions.
+
+    Raises:
+        UsageError: E2009.
+    """
     if request.max_context is not None and request.max_context > text.max_positions:
         raise UsageError(
             "E2009",
@@ -123,6 +138,12 @@ def check_context(request: BuildRequest, text: TextShape) -> None:
 
 
 def data_of(request: BuildRequest) -> CalibrationData:
+    """Choose the calibration samples and check their pictures.
+
+    Raises:
+        UsageError: E2017 if there is no default for this model.
+        FormatError: E43xx for the data.
+    """
     name = request.data
     if name is None and (request.model == SHIPPED or request.method == "rtn"):
         name = DEFAULT_DATA
@@ -143,6 +164,12 @@ def data_of(request: BuildRequest) -> CalibrationData:
 
 
 def targets_of(request: BuildRequest) -> tuple[tuple[Target, ...], dict[str, str]]:
+    """Return the devices to build for, and the reason for each that this machine cannot build for.
+
+    Raises:
+        UsageError: E2001, E2012.
+        MachineError: E3003 if an engine is required.
+    """
     targets, skipped = [], {}
     for text in request.targets:
         target = _local_target() if text == AUTO else Target.parse(text)
