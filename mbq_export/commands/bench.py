@@ -16,14 +16,20 @@ def command(
     ],
     prompt_tokens: Annotated[
         str | None,
-        typer.Option("-p", "--prompt-tokens", help="Text tokens, for example 16,64.", show_default=False),
+        typer.Option(
+            "-p", "--prompt-tokens", help="Text tokens, for example 16,64.", show_default=False
+        ),
     ] = None,
-    new_tokens: Annotated[str, typer.Option("-n", "--new-tokens", help="Tokens to generate.")] = "32",
+    new_tokens: Annotated[
+        str, typer.Option("-n", "--new-tokens", help="Tokens to generate.")
+    ] = "32",
     images: Annotated[str, typer.Option("--images", help="Pictures, for example 0,1.")] = "1",
     picture: Annotated[
         Path | None, typer.Option("--image", help="A picture of yours.", show_default=False)
     ] = None,
-    repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="Requests that count.")] = 10,
+    repetitions: Annotated[
+        int, typer.Option("-r", "--repetitions", help="Requests that count.")
+    ] = 10,
     warmup: Annotated[int, typer.Option("--warmup", help="Requests before them.")] = 3,
     backend: options.Backend = "ort",
     lowering: options.Lowering = "qdq",
@@ -70,10 +76,15 @@ def command(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         report.write(out / "bench.json")
-    console.table(("bundle", "test", "p50 ms", "p95", "p99", "CoV %", "tok/s", "% of roofline"), rows(report))
+    console.table(
+        ("bundle", "test", "p50 ms", "p95", "p99", "CoV %", "tok/s", "% of roofline"), rows(report)
+    )
     if len(contenders) > 1:
         console.text()
-        console.table(("workload", "figure", "bundle", "p50 ms", "baseline", "ratio", "p10 to p90"), comparison_rows(report))
+        console.table(
+            ("workload", "figure", "bundle", "p50 ms", "baseline", "ratio", "p10 to p90"),
+            comparison_rows(report),
+        )
     noisy = noise_error(report)
     if noisy is not None and not allow_noisy:
         noisy.context["result"] = report.as_json()

@@ -207,7 +207,6 @@ def _say_interrupted(console: Console) -> None:
     sys.stderr.write(
         f"FAILED  {console.command or 'mbq-export'}  {EXIT_INTERRUPTED}  interrupted\n"
     )
-    return EXIT_INTERRUPTED
 
 
 def _crash(error: Exception) -> InternalError:

@@ -95,7 +95,8 @@ Data = Annotated[
 ]
 Samples = Annotated[int, typer.Option("--samples", help="Calibration samples.", min=1)]
 WeightBits = Annotated[
-    int | None, typer.Option("--wbits", help="Weight bits: 3, 4, or 16 for the unquantized baseline.")
+    int | None,
+    typer.Option("--wbits", help="Weight bits: 3, 4, or 16 for the unquantized baseline."),
 ]
 Scheme = Annotated[
     str | None,
@@ -148,4 +149,6 @@ def numbers(text: str | None, option: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is no list of whole numbers", param_hint=option) from error
+        raise typer.BadParameter(
+            f"{text!r} is no list of whole numbers", param_hint=option
+        ) from error

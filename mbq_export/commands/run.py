@@ -14,7 +14,8 @@ from mbq_export.errors import GateError, MbqError, UsageError
 
 if TYPE_CHECKING:
     from mbq_export.runtime.sampling import Options
-    from mbq_export.runtime.session import Generation, Session
+    from mbq_export.runtime.session import Session
+    from mbq_export.runtime.stream import Generation
 
 
 def command(

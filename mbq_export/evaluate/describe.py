@@ -89,10 +89,10 @@ def describe(
         return _tensors(path)
     elif path.suffix == ".onnx" and path.is_file():
         return _graph(path)
-    found = "does not exist" if not path.exists() else "is nothing that can be described"
+    reason = "does not exist" if not path.exists() else "is nothing that can be described"
     raise FormatError(
         "E4006",
-        f"{path} {found}.",
+        f"{path} {reason}.",
         why=f"known: a folder with {', '.join(_FOLDERS)}; a .safetensors or .onnx file",
         fix="mbq-export inspect PATH",
     )
@@ -256,7 +256,7 @@ def _tensors(path: Path) -> Description:
 
 def _graph(path: Path) -> Description:
     import onnx  # noqa: PLC0415 (only this kind needs it)
-    from google.protobuf.message import DecodeError  # noqa: PLC0415
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # noqa: PLC0415
 
     size = path.stat().st_size
     if not 0 < size <= LARGEST_PROTO_BYTES:
