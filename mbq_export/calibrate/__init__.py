@@ -264,10 +264,10 @@ def _hash(inputs: Sequence[ModelInputs]) -> str:
 
 
 def _check_groups(model: LoadedModel, recipe: Recipe) -> None:
-    with BlockStream(model).block(0) as block:
-        for linear in model.family.linears:
-            with located(model.family.linear_path(0, linear)):
-                groups_of(int(block.get_parameter(f"{linear}.weight").shape[1]), recipe.group_size)
+    for linear in model.family.linears:
+        path = model.family.linear_path(0, linear)
+        with located(path):
+            groups_of(int(model.module.get_parameter(f"{path}.weight").shape[1]), recipe.group_size)
 
 
 def _check_tokens(inputs: Sequence[ModelInputs], recipe: Recipe) -> None:

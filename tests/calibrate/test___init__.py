@@ -16,6 +16,7 @@ from mbq_export.channel_scales import ChannelScales
 from mbq_export.errors import FormatError, UsageError
 from mbq_export.families.base import PROMPT, VISION, LoadedModel
 from mbq_export.families.inputs import ModelInputs
+from mbq_export.families.llava_onevision import load
 from mbq_export.progress import Progress, silent
 from mbq_export.schemes import SCHEMES
 from mbq_export.state import State
@@ -100,6 +101,20 @@ def test_blocks_streamed_from_files_give_the_same_bytes(tmp_path: Path) -> None:
     whole = bytes_of(calibrated(tiny_model()), tmp_path / "whole")
     streamed = bytes_of(calibrated(tiny_model(meta_blocks=True)), tmp_path / "streamed")
     assert whole == streamed
+
+
+def test_a_bfloat16_model_is_calibrated_to_about_the_same() -> None:
+    exact = tiny_model()
+    half = load(exact.folder, dtype="bfloat16")
+    found, wanted = calibrated(half), calibrated(exact)
+    assert found.calib["dtype"] == "bfloat16"
+    for name, e in wanted.scales.items():
+        assert np.isfinite(found.scales[name]).all()
+        assert found.scales[name].shape == e.shape
+    for unit, other in zip(found.calib["units"], wanted.calib["units"], strict=True):
+        if unit["alpha"] is not None:
+            assert unit["r"] == pytest.approx(other["r"], rel=0.05)
+            assert unit["J"]["rtn"] == pytest.approx(other["J"]["rtn"], rel=0.05)
 
 
 def test_plain_rounding_needs_no_data() -> None:

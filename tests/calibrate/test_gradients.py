@@ -14,6 +14,7 @@ from mbq_export.calibrate.gradients import Gradients, measure
 from mbq_export.errors import FormatError, GateError
 from mbq_export.families.base import ANSWER, LINEARS, PAD, PROMPT, VISION, LoadedModel
 from mbq_export.families.inputs import ModelInputs
+from mbq_export.families.llava_onevision import load
 from tests.questions import questions, sample_model, tiny_model
 
 AGREE = 1e-5  # relative, float32: the same sums in another order
@@ -126,6 +127,16 @@ def test_a_loss_that_is_not_finite_names_the_sample() -> None:
         measure(stream, batches, linears=LINEARS)
     assert caught.value.code == "E1103"
     assert caught.value.why == "computed in float32"
+
+
+def test_half_precision_loses_no_small_gradient() -> None:
+    """Unscaled, gradients below 6e-8 would be 0 in float16."""
+    exact = sample_model()
+    half = load(exact.folder, dtype="float16")
+    found, wanted = (streamed(m, questions(m, 2)).mean_abs[..., 1:, :] for m in (half, exact))
+    assert (wanted[:-1] < 6e-8).any()
+    np.testing.assert_array_equal(found > 0, wanted > 0)
+    assert np.nanmedian(np.abs(found - wanted) / np.maximum(wanted, 1e-12)) < 0.05
 
 
 def test_progress_counts_blocks_forwards_and_backwards() -> None:
