@@ -106,22 +106,23 @@ def run_child(
             cwd=cwd,
             start_new_session=True,
         )
-    timed_out = False
+    ended = False
     try:
         _limit(process.pid, address_space_bytes)
-        if not _ended(process.pid, timeout_s):
-            timed_out = True
+        ended = _ended(process.pid, timeout_s)
+        if not ended:
             logger.warning("%s has run for %.0f s and is ended", argv[0], timeout_s)
-            _end_group(process.pid)
-    except BaseException:
-        _end_group(process.pid)
-        raise
     finally:
-        status, usage = _reap(process)
+        # Also on an interrupt: nothing of the group outlives this call.
+        try:
+            if not ended:
+                _end_group(process.pid)
+        finally:
+            status, usage = _reap(process)
     return ChildResult(
         status=status if status >= 0 else None,
         signal=signal.Signals(-status).name if status < 0 else None,
-        timed_out=timed_out,
+        timed_out=not ended,
         seconds=time.monotonic() - started,
         peak_rss_bytes=usage.ru_maxrss * 1024,
         log=log,

@@ -177,7 +177,7 @@ def usage_error(error: typer.TyperException) -> UsageError:
     path = "mbq-export" if context is None else context.command_path
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     return UsageError(
-        "E2002", message, why="see the options this command takes", fix=f"{path} --help"
+        "E2003", message, why="see the options this command takes", fix=f"{path} --help"
     )
 
 

@@ -125,7 +125,7 @@ def make_plan(request: BuildRequest) -> Plan:
     """Check the request against the model, the data's place, the machine and each other.
 
     Raises:
-        UsageError: E2001, E2002, E2004, E2005, E2011, E2012.
+        UsageError: E2001, E2002, E2004, E2005, E2011, E2012, E2018.
         MachineError: E3003 if an engine is required and its library is missing, E3014 for a model not here.
         FormatError: E40xx for the model's config.
         ResourceError: E5002 or E5003 if disk or memory cannot suffice.

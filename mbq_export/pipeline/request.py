@@ -141,7 +141,7 @@ def data_of(request: BuildRequest) -> CalibrationData:
     """Choose the calibration samples and check their pictures.
 
     Raises:
-        UsageError: E2017 if there is no default for this model.
+        UsageError: E2018 if there is no default for this model.
         FormatError: E43xx for the data.
     """
     name = request.data
@@ -149,7 +149,7 @@ def data_of(request: BuildRequest) -> CalibrationData:
         name = DEFAULT_DATA
     if name is None:
         raise UsageError(
-            "E2017",
+            "E2018",
             f"--method {request.method} needs calibration data for {request.model}.",
             why="scales are searched on pictures and answers like those of the deployment",
             fix=("--data calib.jsonl", f"--data {DEFAULT_DATA} (a smoke test, not for real use)"),

@@ -114,7 +114,7 @@ class Stream:
         if reason == "end" and not text.text.strip():
             collapsed = "no text at all"
         if collapsed:
-            logger.warning("W1105: the answer degenerates: %s", collapsed)
+            logger.warning("MBQ-W1105: the answer degenerates: %s", collapsed)
         return Generation(
             ids=tuple(ids),
             text=text.text,

@@ -88,7 +88,7 @@ def test_another_model_needs_data(request_: BuildRequest, tmp_path: Path) -> Non
     copy = tmp_path / "model"
     copy.symlink_to(make_plan(request_).source.folder, target_is_directory=True)
     error = refused(request_, model=str(copy))
-    assert error.code == "E2017"
+    assert error.code == "E2018"
     assert "--data calib.jsonl" in error.fix
 
 
