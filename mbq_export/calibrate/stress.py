@@ -10,8 +10,9 @@ Per place, the `share` of channels that lean most towards vision (mean |x| over 
 text tokens) get c around `vision_gain`, and as many that lean most towards text get c around
 `text_gain`. Rounding weights to a grid now costs more in those columns, unless a method scales them back.
 
-The result is a fixture for tests and demonstrations. The gains were chosen after a sweep over their
-effect on rounding, so nothing measured on it is evidence for one method against another.
+The result is a fixture for tests and demonstrations. Gains and seed were chosen after a look at what they
+do to rounding, so nothing measured on it is evidence for one method against another. The seed alone moves
+tiny-llava-ov with plain rounding to 3 bits between 45 % and 84 % exact match (four seeds, 80 pictures).
 """
 
 from collections import defaultdict
@@ -51,7 +52,7 @@ class Stress:
     vision_gain: float = 40.0
     text_gain: float = 8.0
     spread: float = 0.3
-    seed: int = 0
+    seed: int = 1
 
 
 STRESS: Final = Stress()

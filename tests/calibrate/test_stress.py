@@ -115,7 +115,7 @@ def test_rounding_to_three_bits_costs_more_on_the_stressed_model(
         model = load()
         if name == "stressed":
             apply_stress(model, inputs)
-        scenes = list(evaluation_scenes(100, seed=3))
+        scenes = list(evaluation_scenes(60, seed=3))
         encode = encoder(processor.tokenizer)
         before = accuracy(answer_scenes(model, scenes, encode), draws=1).exact_match
         for layer in model.model.language_model.layers:
