@@ -37,7 +37,7 @@ class ChildResult:
         signal: Name of that signal, for example ``SIGSEGV``; None if it exited.
         timed_out: Whether the time limit ended it.
         seconds: Wall time.
-        peak_rss_bytes: Largest resident memory of the child.
+        peak_rss_bytes: Largest resident memory of the child, looked at every `POLL_S`; 0 if it ended before.
         log: Both of its streams.
     """
 
@@ -106,10 +106,10 @@ def run_child(
             cwd=cwd,
             start_new_session=True,
         )
-    ended = False
+    ended, peak = False, 0
     try:
         _limit(process.pid, address_space_bytes)
-        ended = _ended(process.pid, timeout_s)
+        ended, peak = _watched(process.pid, timeout_s)
         if not ended:
             logger.warning("%s has run for %.0f s and is ended", argv[0], timeout_s)
     finally:
@@ -118,13 +118,13 @@ def run_child(
             if not ended:
                 _end_group(process.pid)
         finally:
-            status, usage = _reap(process)
+            status = _reap(process)
     return ChildResult(
         status=status if status >= 0 else None,
         signal=signal.Signals(-status).name if status < 0 else None,
         timed_out=not ended,
         seconds=time.monotonic() - started,
-        peak_rss_bytes=usage.ru_maxrss * 1024,
+        peak_rss_bytes=peak,
         log=log,
     )
 
@@ -158,6 +158,19 @@ def available_memory() -> int:
     return max(free, 0)
 
 
+def peak_memory(pid: int) -> int:
+    """Return the largest resident memory of a process so far, in bytes; 0 if it has ended.
+
+    ``getrusage`` would not do: there a child begins with the peak of the parent that forked it.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    sizes = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(sizes[0]) * 1024 if sizes else 0
+
+
 def local_gpu() -> LocalGpu | None:
     """Ask the driver's own tool for this machine's first GPU; None without a driver or a GPU."""
     tool = shutil.which("nvidia-smi")
@@ -183,14 +196,19 @@ def _limit(pid: int, address_space_bytes: int | None) -> None:
             resource.prlimit(pid, resource.RLIMIT_AS, limits)
 
 
-def _ended(pid: int, timeout_s: float) -> bool:
-    """Wait for a child without reaping it, so that its group keeps its number."""
-    deadline = time.monotonic() + timeout_s
+def _watched(pid: int, timeout_s: float) -> tuple[bool, int]:
+    """Wait for a child without reaping it, so that its group keeps its number.
+
+    Returns:
+        Whether it ended in time, and its largest memory.
+    """
+    deadline, peak = time.monotonic() + timeout_s, 0
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        peak = max(peak, peak_memory(pid))
         if time.monotonic() >= deadline:
-            return False
+            return False, peak
         time.sleep(POLL_S)
-    return True
+    return True, peak
 
 
 def _end_group(group: int) -> None:
@@ -198,7 +216,7 @@ def _end_group(group: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGTERM)
     try:
-        _ended(group, GRACE_S)
+        _watched(group, GRACE_S)
     finally:
         _kill_group(group)
 
@@ -208,9 +226,7 @@ def _kill_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-def _reap(process: subprocess.Popen[bytes]) -> tuple[int, resource.struct_rusage]:
-    """End whatever the child left in its group, then collect its exit code and its usage."""
+def _reap(process: subprocess.Popen[bytes]) -> int:
+    """End whatever the child left in its group, then collect its exit code."""
     _kill_group(process.pid)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage
+    return process.wait()

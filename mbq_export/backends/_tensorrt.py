@@ -59,6 +59,9 @@ BUILD_BYTES: Final = 1 << 29
 # The libraries map more than they touch: 0.75 GB of address space for a resident 0.2 GB.
 ADDRESS_SPACE_MARGIN: Final = 2 << 30
 
+REMINDER: Final = "has Int64 binding"
+"""Said of every integer input, whoever feeds it and with what: no news to a user."""
+
 MOST_ELEMENTS: Final = 2**31
 
 
@@ -257,7 +260,8 @@ def _one_engine(
         job = _job("build", installed, Path(work), graph, request)
         outcome = run_job(job, installed, timeout_s=request.timeout_s, worker=worker, logs=logs)
         for warning in Story.read(outcome.workdir / LOG).warnings:
-            logger.warning("tensorrt: %s", warning)
+            level = logging.INFO if REMINDER in warning else logging.WARNING
+            logger.log(level, "tensorrt: %s", warning)
         with (outcome.workdir / LOG).open(errors="replace") as lines:
             table = LayerTable.parse(lines)
         path = folder / f"{graph.name}.engine"

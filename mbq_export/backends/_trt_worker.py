@@ -15,7 +15,6 @@ because messages of varying length that reach Python would be allocated in betwe
 import ctypes
 import importlib
 import os
-import resource
 import signal
 import sys
 import threading
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from mbq_export.backends._trt_job import PLAN, STAGE_MARK, Job, Refused, Result
+from mbq_export.native import peak_memory
 
 PR_SET_PDEATHSIG: Final = 1
 STACK_BYTES: Final = 64 << 20
@@ -83,8 +83,7 @@ def main(argv: list[str]) -> NoReturn:
         thread.start()
         thread.join()
     for answer in answers:  # none if an unexpected exception ended the thread
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        answer.having(peak_rss_bytes=peak).write(Path())
+        answer.having(peak_rss_bytes=peak_memory(os.getpid())).write(Path())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if answers else CRASHED)
