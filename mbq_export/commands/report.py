@@ -30,7 +30,9 @@ def command(
 
     mbq-export report out bench.json --html report.html
     """
-    from mbq_export.evaluate.render import as_csv, as_html, as_markdown, gather
+    from mbq_export.evaluate.gathering import gather
+    from mbq_export.evaluate.render import as_csv, as_html, as_markdown
+    from mbq_export.evaluate.sections.verdict import verdicts
     from mbq_export.writing import write_file
 
     console: Console = context.obj
@@ -42,7 +44,12 @@ def command(
             written.append(str(path))
     if not written:
         console.text(as_markdown(found, title=title))
-    console.finish(
-        {"inputs": [str(path) for path in inputs], "written": written},
-        what=", ".join(written) or "stdout",
-    )
+    result = {
+        "inputs": [str(path) for path in inputs],
+        "written": written,
+        "verdicts": [
+            {"name": verdict.name, "headline": verdict.headline, "tone": verdict.tone}
+            for verdict in verdicts(found)
+        ],
+    }
+    console.finish(result, what=", ".join(written) or "stdout")
