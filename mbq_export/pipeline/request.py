@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mbq_export.backends import BACKENDS
+from mbq_export.backends.base import Backend
 from mbq_export.calibrate.data import CalibrationData, read_manifest
 from mbq_export.errors import MachineError, UsageError
 from mbq_export.families.base import TextShape
@@ -175,15 +176,18 @@ def targets_of(request: BuildRequest) -> tuple[tuple[Target, ...], dict[str, str
         target = _local_target() if text == AUTO else Target.parse(text)
         if target.flavour == "cpu":
             continue
+        available = _builder(target).available()
         targets.append(target)
-        reason = _cannot_build(target)
-        if not reason:
+        if available.ok:
             continue
         if request.require_engine:
             raise MachineError(
-                "E3003", f"No engine for {target} can be built here.", why=reason[0], fix=reason[1]
+                "E3003",
+                f"No engine for {target} can be built here.",
+                why=f"found {available.found}, needed {available.needed}",
+                fix=available.fix,
             )
-        skipped[str(target)] = f"{reason[0]}: {reason[1]}"
+        skipped[str(target)] = f"{available.found}; {available.fix}"
     return tuple(targets), skipped
 
 
@@ -193,16 +197,22 @@ def _local_target() -> Target:
     return Target.parse("cpu" if gpu is None or gpu.sm not in SERVED["rtx"] else f"sm{gpu.sm}:rtx")
 
 
-def _cannot_build(target: Target) -> tuple[str, str] | None:
+def _builder(target: Target) -> Backend:
+    """Return the backend that builds for a target.
+
+    Raises:
+        UsageError: E2012 for full TensorRT, whose engines must be built on the device.
+    """
     backend = BACKENDS.members().get(target.flavour)
-    if backend is None or backend.build is None:
-        return (
-            f"engines of flavour {target.flavour} are finished on the device",
-            "--target DEVICE:rtx",
-        )
-    available = backend.available()
-    return (
-        None
-        if available.ok
-        else (f"found {available.found}, needed {available.needed}", available.fix)
+    if backend is not None and backend.build is not None:
+        return backend
+    served = target.sm in SERVED["rtx"]
+    raise UsageError(
+        "E2012",
+        f"This release builds no engines of full TensorRT, which {target} asks for.",
+        why="only TensorRT for RTX builds ahead of time, for "
+        + ", ".join(f"sm{sm}" for sm in sorted(SERVED["rtx"])),
+        fix=f"--target {target.name}:rtx"
+        if served
+        else "--target cpu: the bundle runs on ONNX Runtime",
     )

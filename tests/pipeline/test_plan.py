@@ -61,6 +61,11 @@ def test_fingerprint_ignores_the_place_and_follows_the_options(request_: BuildRe
         ({"gate": "off"}, "E2002", "--gate off has no reason."),
         ({"gate": "maybe", "gate_reason": "x"}, "E2001", "Unknown gate 'maybe'."),
         ({"targets": ("orin:rtx",)}, "E2012", "rtx cannot build engines for orin (sm87)."),
+        (
+            {"targets": ("rtx4090",)},
+            "E2012",
+            "This release builds no engines of full TensorRT, which rtx4090:trt asks for.",
+        ),
         ({"targets": ("rtx5090",)}, "E2001", "Unknown target 'rtx5090'."),
         (
             {"max_context": 10_000},
