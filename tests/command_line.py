@@ -38,7 +38,12 @@ class Outcome:
 
 def run(*arguments: object) -> Outcome:
     """Run one command in this process, in JSON mode."""
+    return tell("--json", *arguments)
+
+
+def tell(*arguments: object) -> Outcome:
+    """Run one command in this process, as a person sees it."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        status = run_guarded(app, hoist_globals(["--json", *map(str, arguments)]), Console())
+        status = run_guarded(app, hoist_globals([*map(str, arguments)]), Console())
     return Outcome(status=status, out=out.getvalue(), err=err.getvalue())

@@ -30,6 +30,10 @@ PROCESSOR_FILES = (
     "tokenizer_config.json",
 )
 
+WORDS = 60  # token 0 pads, 1 ends, 5 begins an answer
+STEP = 14
+ANSWER = "? diamond red"  # what follows token 5 in steps of 14: 19, 33, 47, 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiny:
@@ -44,6 +48,8 @@ class Tiny:
         tied: Whether head and embedding are one tensor.
         dtype: Dtype of the weights in the file.
         seed: Seed of the weights.
+        walks: Whether the embedding alone decides what comes next, so that every answer is `ANSWER` and its
+            end. Answers of random weights loop, which a build refuses. Needs a head of its own.
     """
 
     layers: int = 2
@@ -54,6 +60,7 @@ class Tiny:
     tied: bool = True
     dtype: str = "float16"
     seed: int = 0
+    walks: bool = False
 
 
 def write_tiny(folder: Path, tiny: Tiny | None = None) -> Path:
@@ -63,6 +70,8 @@ def write_tiny(folder: Path, tiny: Tiny | None = None) -> Path:
         torch.manual_seed(tiny.seed)
         model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**_config(tiny)))
         _stir(model)
+        if tiny.walks:
+            _walk(model)
     model.to(getattr(torch, tiny.dtype)).save_pretrained(folder)
     for name in PROCESSOR_FILES:
         shutil.copyfile(SAMPLE_WEIGHTS / name, folder / name)
@@ -138,3 +147,11 @@ def _stir(model: torch.nn.Module) -> None:
                 parameter.normal_(std=0.1)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+
+
+def _walk(model: LlavaOnevisionForConditionalGeneration) -> None:
+    """Let the embedding outweigh the blocks, and the head read it off as another word."""
+    ids = torch.arange(1, WORDS + 1)
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight.normal_()
+        model.lm_head.weight[ids.sub(1).add(STEP).remainder(WORDS).add(1)] = embedding[ids]

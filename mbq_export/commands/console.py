@@ -11,6 +11,7 @@ import re
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class Console:
     resume: str = ""
     command: str = ""
     warnings: list[dict[str, str]] = field(default_factory=list)
+    repeated: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
 
     def start(self, command: str) -> None:
@@ -75,8 +77,12 @@ class Console:
         self.note(f"hint: {text}")
 
     def warn(self, code: str, text: str) -> None:
-        """Keep a warning for the JSON document and show it."""
-        self.warnings.append({"code": f"MBQ-{code}", "text": text})
+        """Keep a warning for the JSON document and show it; the same once more is only counted."""
+        warning = {"code": f"MBQ-{code}", "text": text}
+        if warning in self.warnings:
+            self.repeated[warning["code"]] += 1
+            return
+        self.warnings.append(warning)
         self.note(f"warning[MBQ-{code}]: {text}")
 
     def text(self, text: str = "") -> None:
@@ -99,6 +105,7 @@ class Console:
 
     def finish(self, result: dict[str, Any], what: str) -> None:
         """Print the result and the last line."""
+        self._tell_repeated()
         if self.as_json:
             self._document(ok=True, status=EXIT_OK, result=result, error=None)
         else:
@@ -107,6 +114,7 @@ class Console:
 
     def fail(self, error: MbqError, result: dict[str, Any] | None = None) -> int:
         """Print an error with its four parts and the last line; return the exit status."""
+        self._tell_repeated()
         message = _shown(error.message)
         if not self.as_json:
             sys.stderr.write(f"error[MBQ-{error.code}]: {message}\n")
@@ -133,6 +141,11 @@ class Console:
             self._document(ok=False, status=error.exit_status, result=result or {}, error=described)
         sys.stderr.write(f"FAILED  {self.command or 'mbq-export'}  MBQ-{error.code}  {message}\n")
         return error.exit_status
+
+    def _tell_repeated(self) -> None:
+        for code, count in self.repeated.items():
+            self.note(f"warning[{code}]: {count} more like one above")
+        self.repeated.clear()
 
     def _document(
         self, *, ok: bool, status: int, result: dict[str, Any], error: dict[str, Any] | None

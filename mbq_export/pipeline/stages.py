@@ -258,7 +258,8 @@ def _validate(work: _Work, staged: Path, facts: dict[str, Any]) -> Report | None
     report.write(staged / REPORTS / "validate.json")
     error = failure(report)
     if error is not None and gate == "on":
-        raise error
+        with located("validate"):
+            raise error
     return report
 
 

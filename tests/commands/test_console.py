@@ -108,3 +108,21 @@ def test_table_puts_numbers_to_the_right() -> None:
         "a         5",
         "bb     1234",
     ]
+
+
+def test_the_same_warning_again_is_counted_not_repeated(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def act(console: Console) -> None:
+        for text in ("it loops", "it loops", "it is empty", "it loops"):
+            logging.getLogger("mbq_export.x").warning("MBQ-W1105: %s", text)
+        console.finish({}, what="out")
+
+    console = Console()
+    assert run_guarded(app_that(act), ["work"], console) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "warning[MBQ-W1105]: it loops",
+        "warning[MBQ-W1105]: it is empty",
+        "warning[MBQ-W1105]: 2 more like one above",
+    ]
+    assert [warning["text"] for warning in console.warnings] == ["it loops", "it is empty"]

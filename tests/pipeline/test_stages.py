@@ -18,7 +18,7 @@ from mbq_export.pipeline.stages import build
 from mbq_export.progress import Progress, silent
 from mbq_export.writing import partial_path
 from tests.command_line import PROGRAM, ROOT
-from tests.tiny import write_tiny
+from tests.tiny import Tiny, write_tiny
 
 KILLED_AT = {"calibration": "calibrate", "weights": "quantize", "onnx": ""}
 """Output of a stage, and the blocks it keeps on the way."""
@@ -42,7 +42,7 @@ class Ear:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("model"))
+    return write_tiny(tmp_path_factory.mktemp("model"), Tiny(tied=False, walks=True))
 
 
 def request_for(model: Path, out: Path, **changes: object) -> BuildRequest:
