@@ -40,6 +40,10 @@ from mbq_export.runtime import DECODER, TORCH, graph_record
 
 COLD: Final = "sessions were opened in a process that had its libraries loaded"
 NO_GRAPH: Final = "the torch backend runs no graph"
+FOLDED: Final = (
+    "ONNX Runtime folds the functions of this lowering into float weights when it loads them"
+)
+QDQ: Final = "qdq"
 UNRECORDED: Final = "the bundle's manifest does not say"
 UNTOLD: Final = "the system does not tell"
 
@@ -85,10 +89,11 @@ def noise_error(report: Report) -> GateError | None:
     """Return the error that an invalid result is, or None if it is valid."""
     if report.valid:
         return None
+    first, *others = report.details["noise"]["reasons"]
     return GateError(
         "E1301",
-        f"The figures are too noisy: {report.details['noise']['reasons'][0]}.",
-        why="; ".join(report.details["noise"]["reasons"]),
+        f"The figures are too noisy: {first}.",
+        why="; ".join(others) or "what varies more than its limit says nothing about the bundles",
         fix=("close other programs and raise -r", "--allow-noisy keeps the result with a warning"),
     )
 
@@ -211,14 +216,15 @@ def _summaries(run: Run, keys: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _rooflines(run: Run, bandwidth: Bandwidth) -> dict[str, Any]:
-    """Both countings; of the torch backend, which runs no graph, only the packed one."""
+    """Both countings, or the packed one alone where no graph is run as its file holds it."""
+    other_reading = NO_GRAPH if run.backend == TORCH else FOLDED if run.lowering != QDQ else ""
     median = run.measurement("tpot").value
     rate = 1000 / median if median else None
     checkpoint = QuantCheckpoint.open(run.bundle.checkpoint_folder, verify=False)
     family = family_of(checkpoint.config)
     shape = family.text_shape(checkpoint.config)
     steps: list[StepBytes] = [packed_step(checkpoint, family, shape)]
-    if run.backend != TORCH:
+    if not other_reading:
         record = graph_record(run.bundle, DECODER, lowering=run.lowering)
         steps.append(graph_step(record, shape, limit=run.limit))
     found: dict[str, Any] = {
@@ -233,6 +239,4 @@ def _rooflines(run: Run, bandwidth: Bandwidth) -> dict[str, Any]:
         ).as_json()
         for step in steps
     }
-    if run.backend == TORCH:
-        found |= nullable("graph", None, why=NO_GRAPH)
-    return found
+    return found if not other_reading else found | nullable("graph", None, why=other_reading)

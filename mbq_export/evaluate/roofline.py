@@ -4,8 +4,9 @@
     ideal tokens/s  = measured read bandwidth / bytes per token
     share           = measured tokens/s / ideal tokens/s
 
-Two countings, because they answer different questions. *graph*: what the ONNX file holds, so what ONNX Runtime
-reads; 3-bit codes travel in 4-bit containers there. *packed*: the checkpoint's own bits, which is what a kernel
+Two countings, because they answer different questions. *graph*: what the ONNX file holds, which is what ONNX
+Runtime reads of the ``qdq`` lowering; 3-bit codes travel in 4-bit containers there. (The functions of the
+``reference`` lowering are folded into float weights when they are loaded, so there the count says nothing.) *packed*: the checkpoint's own bits, which is what a kernel
 for the scheme reads, everything else in 16 bits.
 """
 

@@ -39,7 +39,10 @@ class TextStream:
             return ""
         self._tokens.append(token)
         fresh = self._fresh()
-        if fresh.endswith(UNFINISHED):
+        if not fresh:
+            # A special token. As a neighbour it would hide the space in front of the next word.
+            self._tokens.pop()
+        if not fresh or fresh.endswith(UNFINISHED):
             return ""
         self._from, self._read = self._read, len(self._tokens)
         self._held += fresh

@@ -1,5 +1,6 @@
 """The report of a benchmark, from requests whose times are known and a bundle that is real."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,15 @@ def test_memory_is_what_loading_and_the_first_request_added(report: Report) -> N
         "peak_growth_bytes": 150,
         "peak_rss_bytes": 1000,
     }
+
+
+def test_the_file_of_the_reference_form_is_not_what_is_read(bundle: Bundle) -> None:
+    (found,) = bench_report(
+        [replace(run(bundle=bundle), lowering="reference")], details={}, load=QUIET
+    ).details["runs"]
+    assert found["roofline"]["graph"] is None
+    assert "folds the functions" in found["roofline"]["graph_why"]
+    assert found["roofline"]["packed"]["bytes_per_token"] > 0
 
 
 def test_the_schema_names_its_keys(report: Report, tmp_path: Path) -> None:

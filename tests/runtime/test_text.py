@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mbq_export.runtime.text import TextStream
 
+SPECIAL = 99
 WORDS = ("red", "circle", "at", "the", "top", ".")
 
 
@@ -16,7 +17,7 @@ def from_bytes(tokens: Sequence[int]) -> str:
 
 def from_words(tokens: Sequence[int]) -> str:
     """As sentence tokenizers do: a space in front of each word but the first."""
-    return " ".join(WORDS[token] for token in tokens)
+    return " ".join(WORDS[token] for token in tokens if token != SPECIAL)
 
 
 def pieces(stream: TextStream, tokens: Sequence[int]) -> list[str]:
@@ -32,6 +33,11 @@ def test_a_character_of_several_tokens_comes_out_whole() -> None:
 
 def test_spaces_between_words_are_kept() -> None:
     assert pieces(TextStream(from_words), [0, 1, 2]) == ["red", " circle", " at", ""]
+
+
+def test_special_tokens_leave_the_spaces_around_them() -> None:
+    tokens = [SPECIAL, 0, SPECIAL, SPECIAL, 1, SPECIAL]
+    assert pieces(TextStream(from_words), tokens) == ["", "red", "", "", " circle", "", ""]
 
 
 def test_an_unfinished_character_comes_at_the_end_as_the_decoder_shows_it() -> None:
