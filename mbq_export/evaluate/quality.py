@@ -31,6 +31,7 @@ from mbq_export.evaluate.packed import (
     pixels_from_images,
     vision_states,
 )
+from mbq_export.evaluate.tasks import Interval, bootstrap_ci, mcnemar, paired_difference
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -206,3 +207,78 @@ def _paper(outcomes: Sequence[Outcome], distances: Mapping[str, Distances]) -> P
         kinds=np.array([outcome.question.kind for outcome in counted]),
         distances=distances,
     )
+
+
+def summary(paper: Paper) -> dict[str, Any]:
+    """Reduce a paper to what a table shows, with intervals that resample scenes.
+
+    Returns:
+        ``accuracy`` (value, low, high), ``questions``, ``pictures``, ``nll``, ``kinds`` (kind to accuracy and
+        count), ``kl`` (modality to mean with interval, median, 95th and 99th percentile, and share of equal
+        likeliest tokens). Accuracies are shares, KL is in nats.
+    """
+    share = bootstrap_ci(paper.correct, paper.scenes)
+    return {
+        "accuracy": _interval(share),
+        "questions": share.n,
+        "pictures": share.clusters,
+        "nll": float(paper.nll.mean()),
+        "kinds": {
+            str(kind): {
+                "accuracy": float(paper.correct[paper.kinds == kind].mean()),
+                "questions": int((paper.kinds == kind).sum()),
+            }
+            for kind in np.unique(paper.kinds)
+        },
+        "kl": {modality: _kl(found) for modality, found in paper.distances.items()},
+    }
+
+
+def _kl(found: Distances) -> dict[str, Any]:
+    median, high, highest = np.percentile(found.nats, (50, 95, 99))
+    return {
+        "mean": _interval(bootstrap_ci(found.nats, found.scenes)),
+        "median": float(median),
+        "p95": float(high),
+        "p99": float(highest),
+        "same_top_token": float(found.same.mean()),
+        "positions": len(found.nats),
+    }
+
+
+def comparison(first: Paper, second: Paper) -> dict[str, Any]:
+    """Compare two models on the same exam: differences are second minus first.
+
+    Returns:
+        ``accuracy`` and ``kl`` (at answers): value, low, high of the paired difference; ``mcnemar``: discordant
+        counts and p.
+    """
+    test = mcnemar(first.correct, second.correct)
+    a, b = first.distances[ANSWER], second.distances[ANSWER]
+    return {
+        "accuracy": _interval(paired_difference(first.correct, second.correct, first.scenes)),
+        "kl": _interval(paired_difference(a.nats, b.nats, a.scenes)),
+        "mcnemar": {
+            "only_first": test.only_first,
+            "only_second": test.only_second,
+            "p": test.p,
+        },
+    }
+
+
+def established(differences: Sequence[Mapping[str, float]]) -> int:
+    """Say whether a difference may be stated (METHODS 21.4).
+
+    Args:
+        differences: One per seed: value, low, high.
+
+    Returns:
+        1 or -1, its sign, if all seeds agree in it and every interval excludes zero; else 0.
+    """
+    if all(each["low"] > 0 for each in differences):
+        return 1
+    return -1 if all(each["high"] < 0 for each in differences) else 0
+
+
+def _interval(interval: Interval) -> dict[str, float]:
+    return {"value": interval.value, "low": interval.low, "high": interval.high}

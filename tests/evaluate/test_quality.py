@@ -1,6 +1,7 @@
 """The exam on the shipped sample model, against itself, a distorted copy and single questions."""
 
 import copy
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,24 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from docs.benchmarks.quality import Row, quantized, variant_model
 from mbq_export.calibrate.shapes import Scene, evaluation_scenes
 from mbq_export.evaluate.metrics import divergences
 from mbq_export.evaluate.packed import Rows, accuracy, answer_scenes, encoder, pack
-from mbq_export.evaluate.quality import Exam, Paper, text_masks
-from samples.tiny_vlm.inputs import HandMade, torch_feeds
+from mbq_export.evaluate.quality import (
+    Exam,
+    Paper,
+    comparison,
+    established,
+    summary,
+    text_masks,
+)
+from mbq_export.evaluate.tolerances import (
+    SAMPLE_ACCURACY_FLOOR,
+    SAMPLE_W3_LOSS,
+    STRESS_RTN_LOSS,
+)
+from samples.tiny_vlm.inputs import HandMade
 
 WEIGHTS = Path(__file__).parents[2] / "samples" / "tiny_vlm" / "weights"
 
@@ -79,7 +93,7 @@ def test_distances_are_those_of_single_questions(
             if asked.kind == "caption":
                 continue
             start = len(processor.inputs(asked.text, scene.image).input_ids)
-            feeds = torch_feeds(processor.inputs(asked.text, scene.image, asked.answer))
+            feeds = processor.inputs(asked.text, scene.image, asked.answer).tensors()
             with torch.no_grad():
                 pair = [side(**feeds).logits[0].numpy() for side in (model, distorted)]
             nats = divergences(*pair)
@@ -115,3 +129,106 @@ def test_captions_and_ends_and_padding_do_not_count(scenes: list[Scene]) -> None
         prompts = sum(len(question.text.split()) + 1 for question in asked)
         assert int(masks["answer"][index].sum()) == answers
         assert int(masks["prompt"][index].sum()) == prompts
+
+
+def test_summary_is_what_the_paper_says(paper: Paper) -> None:
+    found = summary(paper)
+    assert found["accuracy"]["value"] == pytest.approx(paper.correct.mean())
+    assert found["accuracy"]["low"] <= found["accuracy"]["value"] <= found["accuracy"]["high"]
+    assert sum(kind["questions"] for kind in found["kinds"].values()) == found["questions"]
+    answers = found["kl"]["answer"]
+    assert answers["mean"]["value"] == pytest.approx(paper.distances["answer"].nats.mean())
+    assert answers["median"] <= answers["p95"] <= answers["p99"]
+    assert answers["same_top_token"] == pytest.approx(paper.distances["answer"].same.mean())
+
+
+def test_comparison_is_second_minus_first(exam: Exam, model: Any, paper: Paper) -> None:
+    own = exam.take(model)
+    found = comparison(paper, own)
+    gain = own.correct.mean() - paper.correct.mean()
+    assert found["accuracy"]["value"] == pytest.approx(gain)
+    assert found["kl"]["value"] == pytest.approx(-paper.distances["answer"].nats.mean())
+    discordant = found["mcnemar"]
+    assert (discordant["only_second"] - discordant["only_first"]) / len(own.correct) == (
+        pytest.approx(gain)
+    )
+
+
+@pytest.mark.parametrize(
+    ("intervals", "sign"),
+    [
+        ([(0.1, 0.3), (0.2, 0.4)], 1),
+        ([(-0.3, -0.1), (-0.2, -0.1)], -1),
+        ([(0.1, 0.3), (-0.1, 0.4)], 0),
+        ([(0.1, 0.3), (-0.3, -0.1)], 0),
+    ],
+)
+def test_a_difference_is_stated_only_if_every_seed_shows_it(
+    intervals: list[tuple[float, float]], sign: int
+) -> None:
+    assert (
+        established([{"value": 0.0, "low": low, "high": high} for low, high in intervals]) == sign
+    )
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> Namespace:
+    """Fewer pictures and samples than the published table, another draw."""
+    work = tmp_path_factory.mktemp("quality")
+    return Namespace(images=250, seed=6, samples=32, seeds=1, work=work)
+
+
+@pytest.fixture(scope="module")
+def plain(options: Namespace) -> dict[str, Paper]:
+    return taken("plain", options)
+
+
+@pytest.fixture(scope="module")
+def stress(options: Namespace) -> dict[str, Paper]:
+    return taken("stress", options)
+
+
+def taken(variant: str, options: Namespace) -> dict[str, Paper]:
+    """Papers of a variant by method, groups of 128."""
+    model = variant_model(variant, options.work)
+    rows = [Row(variant, 0, "fp"), *(Row(variant, 128, name) for name in ("rtn", "awq", "mbq"))]
+    exam = Exam(
+        model.module,
+        list(evaluation_scenes(options.images, seed=options.seed)),
+        encoder(model.processor.tokenizer),
+    )
+    return {
+        row.method: exam.take(
+            (model if row.method == "fp" else quantized(model, row, options)).module
+        )
+        for row in rows
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_w3_of_the_sample_model_costs_little(plain: dict[str, Paper]) -> None:
+    full, mbq = plain["fp"].correct.mean(), plain["mbq"].correct.mean()
+    assert full >= SAMPLE_ACCURACY_FLOOR
+    assert full - mbq <= SAMPLE_W3_LOSS
+    assert len(plain["fp"].correct) > 1200
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_stress_variant_answers_like_the_sample_model(
+    plain: dict[str, Paper], stress: dict[str, Paper]
+) -> None:
+    assert (plain["fp"].correct == stress["fp"].correct).mean() > 0.998
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("method", ["awq", "mbq"])
+def test_outlier_channels_cost_rounding_what_a_search_wins_back(
+    stress: dict[str, Paper], method: str
+) -> None:
+    rounded, searched = stress["rtn"], stress[method]
+    assert searched.correct.mean() - rounded.correct.mean() >= STRESS_RTN_LOSS
+    answers = {name: stress[name].distances["answer"].nats.mean() for name in ("rtn", method)}
+    assert answers[method] < answers["rtn"]
