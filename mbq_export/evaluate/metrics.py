@@ -118,7 +118,8 @@ def divergences(reference: Array, tested: Array) -> Rows:
     """
     p, q = log_probabilities(reference), log_probabilities(tested)
     # Rounding may leave -1e-17 where the distributions are equal.
-    return np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
+    nats: Rows = np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
+    return nats
 
 
 def top_overlap(reference: Array, tested: Array, *, k: int = 5) -> Rows:
@@ -134,7 +135,8 @@ def top_overlap(reference: Array, tested: Array, *, k: int = 5) -> Rows:
     """
     first = np.argsort(-reference, axis=-1, kind="stable")[:, :k]
     second = np.argsort(-tested, axis=-1, kind="stable")[:, :k]
-    return (first[:, :, None] == second[:, None, :]).any(axis=-1).mean(axis=-1)
+    shares: Rows = (first[:, :, None] == second[:, None, :]).any(axis=-1).mean(axis=-1)
+    return shares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

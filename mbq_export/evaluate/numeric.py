@@ -156,7 +156,9 @@ def run_numeric(
         linears=linears,
         stream=errors,
         checks=[linear_check(linears, gates), *stream_checks(errors, gates)],
-        first_bad=found and _look_closer(found, setup, oracle, samples, gates, tensors),
+        first_bad=None
+        if found is None
+        else _look_closer(found, setup, oracle, samples, gates, tensors),
     )
 
 

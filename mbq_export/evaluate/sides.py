@@ -105,7 +105,9 @@ class Oracle:
             The answer's ids, its end token included.
         """
         ends = sorted(self.model.processor.eos_ids)
-        found = self.model.module.generate(
+        # The module is typed as any torch module, which has no generate.
+        generate: Any = self.model.module.generate
+        found = generate(
             **prompt.tensors(),
             attention_mask=torch.ones(1, len(prompt.input_ids), dtype=torch.long),
             max_new_tokens=new_tokens,
