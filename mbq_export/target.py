@@ -114,7 +114,7 @@ def _check_flavour(flavour: str, sm: int, name: str) -> None:
             "E2001",
             f"Unknown flavour {flavour!r} in target {name}:{flavour}.",
             why=f"known: {', '.join(SERVED)}",
-            fix=f"--target {name}:trt",
+            fix=f"--target {name}:rtx",
         )
     if sm not in SERVED[flavour]:
         able = [other for other in SERVED if sm in SERVED[other]]

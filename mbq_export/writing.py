@@ -16,6 +16,11 @@ from mbq_export.errors import MbqError, ResourceError, UsageError
 
 PARTIAL = ".partial"
 
+RECORDS = ("manifest.json", "mbq.json", "calib.json", "mbq_export.json")
+"""The files that describe a bundle, a checkpoint, a calibration and a set of graphs."""
+OURS = b'"mbq-export/'
+"""How the schema in each of them begins."""
+
 
 def partial_path(final: Path) -> Path:
     """Where the unfinished form of ``final`` lies: on the same file system, so that a rename publishes it."""
@@ -46,18 +51,48 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def refuse_existing(final: Path, *, force: bool) -> None:
-    """Refuse to replace output unless asked to.
+    """Refuse to replace output unless asked to, and what others have made even then.
+
+    An empty folder counts as nothing.
 
     Raises:
         UsageError: E2011.
     """
-    if final.exists() and (not force or not final.is_dir()):
-        raise UsageError(
-            "E2011",
+    if final.name in {"", ".."}:
+        raise _taken(f"{final} is no name for output.", "a folder of that name is made")
+    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+        return
+    if not force:
+        raise _taken(
             f"{final} exists.",
-            why="finished output is never overwritten unasked",
-            fix=("choose another -o", "add --force to replace it after the new one is complete"),
+            "finished output is never overwritten unasked",
+            "add --force to replace it after the new one is complete",
         )
+    if not _is_ours(final):
+        raise _taken(
+            f"{final} exists, and is no output of mbq-export.",
+            f"--force replaces folders with a {', '.join(RECORDS[:-1])} or {RECORDS[-1]} of ours",
+        )
+
+
+def refuse_inside(final: Path, source: Path) -> None:
+    """Refuse output that is, or lies in, what it is made of.
+
+    Raises:
+        UsageError: E2011.
+    """
+    place, taken = final.resolve(), source.resolve()
+    if place == taken or taken in place.parents:
+        raise _taken(f"{final} lies in {source}.", "what is read is never changed")
+
+
+def _taken(message: str, why: str, *more: str) -> UsageError:
+    return UsageError("E2011", message, why=why, fix=("choose another -o", *more))
+
+
+def _is_ours(folder: Path) -> bool:
+    files = [folder / name for name in RECORDS]
+    return any(OURS in file.read_bytes() for file in files if file.is_file())
 
 
 def publish(staged: Path, final: Path) -> None:

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from mbq_export.errors import ResourceError, UsageError
-from mbq_export.writing import json_bytes, partial_path, publish, refuse_existing, write_file
+from mbq_export.writing import (
+    json_bytes,
+    partial_path,
+    publish,
+    refuse_existing,
+    refuse_inside,
+    write_file,
+)
 
 
 def test_json_is_sorted_and_ends_with_a_newline() -> None:
@@ -60,13 +67,40 @@ def test_publish_replaces_only_with_a_complete_folder(tmp_path: Path) -> None:
 
 
 def test_existing_output_is_refused_unless_forced(tmp_path: Path) -> None:
+    refuse_existing(tmp_path, force=False)  # empty: there is nothing to lose
+    (tmp_path / "manifest.json").write_text('{"schema": "mbq-export/bundle@1"}')
     with pytest.raises(UsageError, match=r"exists\.") as caught:
         refuse_existing(tmp_path, force=False)
     assert caught.value.code == "E2011"
     refuse_existing(tmp_path, force=True)
 
 
+@pytest.mark.parametrize("text", [None, '{"name": "a web app"}'])
+def test_force_replaces_only_what_this_program_made(tmp_path: Path, text: str | None) -> None:
+    (tmp_path / "diary.txt").write_text("mine")
+    if text:
+        (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UsageError, match=r"no output of mbq-export") as caught:
+        refuse_existing(tmp_path, force=True)
+    assert caught.value.fix == ("choose another -o",)
+
+
+@pytest.mark.parametrize("name", [".", "/", "..", "a/.."])
+def test_a_place_without_a_name_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="no name for output"):
+        refuse_existing(Path(name), force=True)
+
+
+@pytest.mark.parametrize("out", ["model", "model/out", "model/../model/a/b", "link/out"])
+def test_output_in_what_it_is_made_of_is_refused(tmp_path: Path, out: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    with pytest.raises(UsageError, match=r"lies in .*model\."):
+        refuse_inside(tmp_path / out, tmp_path / "model")
+    refuse_inside(tmp_path / "model-out", tmp_path / "model")
+
+
 def test_a_file_is_never_replaced_by_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"exists\."):
+    with pytest.raises(UsageError, match=r"exists, and is no output"):
         refuse_existing(tmp_path / "file", force=True)

@@ -9,6 +9,7 @@ import typer
 
 from mbq_export.commands import options
 from mbq_export.commands.console import Console
+from mbq_export.errors import located
 
 if TYPE_CHECKING:
     from mbq_export.pipeline.stages import BuildResult
@@ -45,7 +46,8 @@ def command(
         bool, typer.Option("--require-engine", help="Fail if an engine cannot be built here.")
     ] = False,
     engine_timeout: Annotated[
-        float, typer.Option("--engine-timeout", help="Seconds until a hung engine build is ended.")
+        float,
+        typer.Option("--engine-timeout", help="Seconds until a hung engine build is ended.", min=1),
     ] = 3600.0,
     gate: Annotated[
         str,
@@ -97,7 +99,8 @@ def command(
         command=console.resume,
     )
     if dry_run:
-        plan = make_plan(request)
+        with located("plan"):
+            plan = make_plan(request)
         console.table(("module group", "count", "bits", "reason"), plan.table())
         console.finish({"plan": dict(plan.fingerprint)}, what=f"plan for {out}, nothing written")
         return

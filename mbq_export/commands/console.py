@@ -27,6 +27,7 @@ from mbq_export.commands.bars import open_progress
 from mbq_export.errors import EXIT_INTERRUPTED, EXIT_OK, InternalError, MbqError, UsageError
 from mbq_export.progress import Progress
 
+PROGRAM: Final = "mbq-export"
 RESULT_SCHEMA: Final = "mbq-export/result@1"
 SHOWN_CHARACTERS: Final = 400
 WARNING_CODE: Final = re.compile(r"^(?:MBQ-)?(W\d{4}):\s*(.*)", re.DOTALL)
@@ -139,7 +140,7 @@ class Console:
                 "context": error.context,
             }
             self._document(ok=False, status=error.exit_status, result=result or {}, error=described)
-        sys.stderr.write(f"FAILED  {self.command or 'mbq-export'}  MBQ-{error.code}  {message}\n")
+        sys.stderr.write(f"FAILED  {self.command or PROGRAM}  MBQ-{error.code}  {message}\n")
         return error.exit_status
 
     def _tell_repeated(self) -> None:
@@ -167,11 +168,11 @@ class Console:
 def run_guarded(app: Callable[..., object], argv: list[str], console: Console) -> int:
     """Run a Typer app and turn whatever happens into one exit status."""
     try:
-        outcome = app(argv, standalone_mode=False, obj=console)
+        outcome = app(argv, prog_name=PROGRAM, standalone_mode=False, obj=console)
     except MbqError as error:
         return console.fail(error)
     except typer.TyperException as error:
-        return console.fail(usage_error(error))
+        return console.fail(usage_error(error, argv))
     except (KeyboardInterrupt, typer.Abort):
         outcome = EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -184,14 +185,26 @@ def run_guarded(app: Callable[..., object], argv: list[str], console: Console) -
     return outcome if isinstance(outcome, int) else EXIT_OK
 
 
-def usage_error(error: typer.TyperException) -> UsageError:
-    """Turn a wrong option into an error of ours, which names the command's help."""
+def usage_error(error: typer.TyperException, argv: Sequence[str]) -> UsageError:
+    """Turn a wrong option into an error of ours, which names the value and the command's help."""
     context = getattr(error, "ctx", None)
-    path = "mbq-export" if context is None else context.command_path
+    path = PROGRAM if context is None else context.command_path
     message = error.format_message() if hasattr(error, "format_message") else str(error)
+    value = _typed(argv, getattr(getattr(error, "param", None), "opts", ()))
+    if value and value not in message:
+        message = f"{message} (got {value!r})"
     return UsageError(
         "E2003", message, why="see the options this command takes", fix=f"{path} --help"
     )
+
+
+def _typed(argv: Sequence[str], names: Sequence[str]) -> str:
+    """Return what was typed behind an option, or nothing."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in names:
+            return value if equals else following
+    return ""
 
 
 def table_lines(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -217,9 +230,7 @@ def _say_interrupted(console: Console) -> None:
     sys.stderr.write("\ninterrupted, finished work is kept\n")
     if console.resume:
         sys.stderr.write(f"resume with: {console.resume}\n")
-    sys.stderr.write(
-        f"FAILED  {console.command or 'mbq-export'}  {EXIT_INTERRUPTED}  interrupted\n"
-    )
+    sys.stderr.write(f"FAILED  {console.command or PROGRAM}  {EXIT_INTERRUPTED}  interrupted\n")
 
 
 def _crash(error: Exception) -> InternalError:

@@ -34,7 +34,7 @@ from mbq_export.schemes.base import QuantScheme, groups_of
 from mbq_export.schemes.layouts import LAYOUTS
 from mbq_export.state import revision_of
 from mbq_export.target import Target
-from mbq_export.writing import refuse_existing
+from mbq_export.writing import refuse_existing, refuse_inside
 
 CODE: Final = (
     "schemes", "families", "blocks", "calibrate", "quantize", "export", "checkpoint", "channel_scales", "tensor_file",
@@ -134,13 +134,14 @@ def make_plan(request: BuildRequest) -> Plan:
     scheme = scheme_of(request)
     check_gate(request)
     source = locate(request.model, models=request.models)
+    refuse_inside(request.out, source.folder)
     config = read_config(source.folder)
     family = family_of(config)
     text = family.text_shape(config)
     if scheme is not None:
         for _, k in linear_shapes(text).values():
             groups_of(k, request.group_size)
-    check_context(request, text)
+    check_context(request, text, family.vision_shape(config))
     switches = METHODS[request.method].resolve(request.replaced)
     targets, skipped = targets_of(request)
     plan = Plan(

@@ -9,7 +9,7 @@ from mbq_export.backends import BACKENDS
 from mbq_export.backends.base import Backend
 from mbq_export.calibrate.data import CalibrationData, read_manifest
 from mbq_export.errors import MachineError, UsageError
-from mbq_export.families.base import TextShape
+from mbq_export.families.base import TextShape, VisionShape
 from mbq_export.families.locate import SHIPPED
 from mbq_export.native import local_gpu
 from mbq_export.schemes import SCHEMES
@@ -123,13 +123,22 @@ def check_gate(request: BuildRequest) -> None:
         )
 
 
-def check_context(request: BuildRequest, text: TextShape) -> None:
-    """Refuse a context beyond the model's positions.
+def check_context(request: BuildRequest, text: TextShape, vision: VisionShape) -> None:
+    """Refuse a context beyond the model's positions, or too short for a picture and one more token.
 
     Raises:
         UsageError: E2009.
     """
-    if request.max_context is not None and request.max_context > text.max_positions:
+    if request.max_context is None:
+        return
+    if request.max_context <= vision.tokens_per_tile:
+        raise UsageError(
+            "E2009",
+            f"A context of {request.max_context} tokens holds no picture.",
+            why=f"the smallest has {vision.tokens_per_tile} tokens, and the prompt comes on top",
+            fix=("leave out --max-context", f"--max-context {text.max_positions}"),
+        )
+    if request.max_context > text.max_positions:
         raise UsageError(
             "E2009",
             f"A context of {request.max_context} tokens is longer than the model's {text.max_positions}.",

@@ -1,5 +1,6 @@
 """What can go wrong cheaply is found before anything is written."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def test_fingerprint_ignores_the_place_and_follows_the_options(request_: BuildRe
             "This release builds no engines of full TensorRT, which rtx4090:trt asks for.",
         ),
         ({"targets": ("rtx5090",)}, "E2001", "Unknown target 'rtx5090'."),
+        ({"max_context": 8}, "E2009", "A context of 8 tokens holds no picture."),
         (
             {"max_context": 10_000},
             "E2009",
@@ -84,9 +86,21 @@ def test_bad_option_is_refused_by_value(
 
 def test_existing_bundle_is_not_touched(request_: BuildRequest) -> None:
     request_.out.mkdir()
+    (request_.out / "manifest.json").write_text('{"schema": "mbq-export/bundle@1"}')
     with pytest.raises(MbqError, match=r"exists\."):
         make_plan(request_)
     assert make_plan(replace(request_, force=True)).request.force
+
+
+def test_model_folder_is_no_place_for_output(request_: BuildRequest, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(make_plan(request_).source.folder / "config.json", model)
+    for out in (model, model / "out"):
+        with pytest.raises(MbqError) as caught:
+            make_plan(replace(request_, model=str(model), out=out, force=True))
+        assert caught.value.code == "E2011"
+    assert [path.name for path in model.iterdir()] == ["config.json"]
 
 
 def test_another_model_needs_data(request_: BuildRequest, tmp_path: Path) -> None:
