@@ -128,7 +128,7 @@ def rows(report: Report) -> list[tuple[str, ...]]:
                     shown(found["p50_ms"]),
                     shown(found["p95_ms"]),
                     shown(found["p99_ms"]),
-                    shown(found["cov_percent"], 2),
+                    shown(found["cov_percent"], 3),
                     shown(run["tokens_per_second"][rate]) if rate else "",
                     shown(roof[share], 3) if share and roof else "",
                 )
