@@ -20,7 +20,7 @@ from typing import Any, Final
 from mbq_export.errors import FormatError, IncompatibleError
 from mbq_export.progress import Progress, silent
 from mbq_export.reading import contained, read_json, sha256_of
-from mbq_export.writing import json_bytes, write_file
+from mbq_export.writing import json_bytes, partial_path, write_file
 
 SCHEMA: Final = "mbq-export/bundle"
 SCHEMA_MAJOR: Final = 1
@@ -62,12 +62,7 @@ class Bundle:
         """
         path = root / MANIFEST
         if not path.is_file():
-            raise FormatError(
-                "E4604",
-                f"{root} has no {MANIFEST}.",
-                why="a bundle is a folder that build has sealed",
-                fix="mbq-export build --model MODEL -o DIR",
-            )
+            raise _no_bundle(root)
         manifest = read_json(path, limit=MANIFEST_LIMIT_BYTES, code="E4604")
         _check_schema(manifest)
         _check_files(root, manifest["files"], verify=verify, progress=progress)
@@ -145,6 +140,16 @@ def unlisted_files(root: Path, records: list[dict[str, Any]]) -> list[str]:
     listed = {record["path"] for record in records} | {MANIFEST, PROVENANCE}
     files = (path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file())
     return [path for path in files if path not in listed and path.split("/")[0] not in VOLATILE]
+
+
+def _no_bundle(root: Path) -> FormatError:
+    build = "mbq-export build --model MODEL -o DIR"
+    if not root.exists() and partial_path(root).is_dir():
+        why, fix = f"its build has not finished: {partial_path(root)}", f"run the same {build} again"
+    else:
+        why, fix = "a bundle is a folder that build has sealed", build
+    found = f"{root} has no {MANIFEST}" if root.exists() else f"There is no bundle {root}"
+    return FormatError("E4604", f"{found}.", why=why, fix=fix)
 
 
 def _record(root: Path, path: Path) -> dict[str, Any]:

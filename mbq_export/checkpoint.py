@@ -234,11 +234,14 @@ class QuantCheckpoint:
 
 def _read_info(folder: Path) -> dict[str, Any]:
     if not (folder / CHECKPOINT_FILE).is_file():
+        inside = next(folder.glob(f"*/{CHECKPOINT_FILE}"), None)
         raise FormatError(
             "E4001",
             f"There is no {CHECKPOINT_FILE} in {folder}.",
             why="a quantized checkpoint is a folder as quantize writes it",
-            fix="mbq-export quantize --model MODEL -o DIR",
+            fix=f"use {inside.parent}"
+            if inside
+            else "mbq-export quantize --model MODEL --scales DIR -o DIR",
         )
     info = read_json(folder / CHECKPOINT_FILE, limit=JSON_LIMIT_BYTES, code="E4604")
     name, _, major = str(info.get("schema")).partition("@")

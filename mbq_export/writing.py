@@ -16,10 +16,8 @@ from mbq_export.errors import MbqError, ResourceError, UsageError
 
 PARTIAL = ".partial"
 
-RECORDS = ("manifest.json", "mbq.json", "calib.json", "mbq_export.json")
-"""The files that describe a bundle, a checkpoint, a calibration and a set of graphs."""
 OURS = b'"mbq-export/'
-"""How the schema in each of them begins."""
+"""How the schema begins in every file that describes an output folder."""
 
 
 def partial_path(final: Path) -> Path:
@@ -50,10 +48,13 @@ def write_file(path: Path, data: bytes) -> None:
         staged.replace(path)
 
 
-def refuse_existing(final: Path, *, force: bool) -> None:
-    """Refuse to replace output unless asked to, and what others have made even then.
+def refuse_existing(final: Path, *, record: str, force: bool) -> None:
+    """Refuse to replace output unless asked to, and anything but the same kind of output even then.
 
-    An empty folder counts as nothing.
+    Args:
+        final: The output; an empty folder counts as nothing.
+        record: File in it that says what it is, with a schema of ours.
+        force: It was asked for.
 
     Raises:
         UsageError: E2011.
@@ -68,10 +69,10 @@ def refuse_existing(final: Path, *, force: bool) -> None:
             "finished output is never overwritten unasked",
             "add --force to replace it after the new one is complete",
         )
-    if not _is_ours(final):
+    if not (final / record).is_file() or OURS not in (final / record).read_bytes():
         raise _taken(
-            f"{final} exists, and is no output of mbq-export.",
-            f"--force replaces folders with a {', '.join(RECORDS[:-1])} or {RECORDS[-1]} of ours",
+            f"{final} exists, and is no output of this command.",
+            f"--force replaces a folder with a {record} of ours, and nothing else",
         )
 
 
@@ -90,9 +91,21 @@ def _taken(message: str, why: str, *more: str) -> UsageError:
     return UsageError("E2011", message, why=why, fix=("choose another -o", *more))
 
 
-def _is_ours(folder: Path) -> bool:
-    files = [folder / name for name in RECORDS]
-    return any(OURS in file.read_bytes() for file in files if file.is_file())
+@contextmanager
+def staging(final: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``final`` that is gone afterwards unless it was published.
+
+    Raises:
+        ResourceError: E5001 or E5008.
+    """
+    folder = partial_path(final)
+    with explained(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(staged: Path, final: Path) -> None:

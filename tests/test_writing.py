@@ -67,28 +67,35 @@ def test_publish_replaces_only_with_a_complete_folder(tmp_path: Path) -> None:
 
 
 def test_existing_output_is_refused_unless_forced(tmp_path: Path) -> None:
-    refuse_existing(tmp_path, force=False)  # empty: there is nothing to lose
+    refuse_existing(
+        tmp_path, record="manifest.json", force=False
+    )  # empty: there is nothing to lose
     (tmp_path / "manifest.json").write_text('{"schema": "mbq-export/bundle@1"}')
     with pytest.raises(UsageError, match=r"exists\.") as caught:
-        refuse_existing(tmp_path, force=False)
+        refuse_existing(tmp_path, record="manifest.json", force=False)
     assert caught.value.code == "E2011"
-    refuse_existing(tmp_path, force=True)
+    refuse_existing(tmp_path, record="manifest.json", force=True)
 
 
-@pytest.mark.parametrize("text", [None, '{"name": "a web app"}'])
-def test_force_replaces_only_what_this_program_made(tmp_path: Path, text: str | None) -> None:
-    (tmp_path / "diary.txt").write_text("mine")
-    if text:
-        (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(UsageError, match=r"no output of mbq-export") as caught:
-        refuse_existing(tmp_path, force=True)
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("diary.txt", "mine"),
+        ("manifest.json", '{"name": "a web app"}'),
+        ("mbq.json", '{"schema": "mbq-export/checkpoint@1"}'),
+    ],
+)
+def test_force_replaces_only_the_same_kind_of_output(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=r"no output of this command") as caught:
+        refuse_existing(tmp_path, record="manifest.json", force=True)
     assert caught.value.fix == ("choose another -o",)
 
 
 @pytest.mark.parametrize("name", [".", "/", "..", "a/.."])
 def test_a_place_without_a_name_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="no name for output"):
-        refuse_existing(Path(name), force=True)
+        refuse_existing(Path(name), record="manifest.json", force=True)
 
 
 @pytest.mark.parametrize("out", ["model", "model/out", "model/../model/a/b", "link/out"])
@@ -103,4 +110,4 @@ def test_output_in_what_it_is_made_of_is_refused(tmp_path: Path, out: str) -> No
 def test_a_file_is_never_replaced_by_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"exists, and is no output"):
-        refuse_existing(tmp_path / "file", force=True)
+        refuse_existing(tmp_path / "file", record="manifest.json", force=True)

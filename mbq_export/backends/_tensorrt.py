@@ -8,11 +8,9 @@ Imports no TensorRT. The folder appears by one rename after everything in it is 
 
 import logging
 import math
-import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,7 +31,7 @@ from mbq_export.errors import FormatError, MachineError, ResourceError, UsageErr
 from mbq_export.native import PROBE_TIMEOUT_S, available_memory, local_gpu, run_child
 from mbq_export.progress import Progress, silent
 from mbq_export.reading import sha256_of
-from mbq_export.writing import explained, json_bytes, partial_path, publish, write_file
+from mbq_export.writing import json_bytes, publish, staging, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +130,7 @@ def build(
     installed = _trt_flavour.find(flavour)
     engines: dict[str, EngineFile] = {}
     tables: dict[str, LayerTable] = {}
-    with _staged(request.out) as folder:
+    with staging(request.out) as folder:
         for index, graph in enumerate(request.graphs):
             progress(index, len(request.graphs), f"{request.target.folder} {graph.name}")
             with located(f"engine {graph.name}"):
@@ -357,19 +355,6 @@ def _engine_entry(graph: EngineGraph, engine: EngineFile) -> dict[str, Any]:
         "plugin_layers_found": 0,
         "checks": [check.as_json() for check in engine.checks],
     }
-
-
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """An empty folder beside ``out`` that is gone afterwards unless it was published."""
-    folder = partial_path(out)
-    with explained(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_target(flavour: str, request: EngineRequest) -> None:

@@ -70,12 +70,12 @@ def command(
         images=options.numbers(images, "--images"),
         picture=picture,
     )
+    results = options.result_folder(out, bundles)
     protocol = Protocol(repetitions=repetitions, warmup=warmup)
     with console.progress("bench") as progress:
         report = bench(contenders, workloads, protocol=protocol, progress=progress)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        report.write(out / "bench.json")
+    if results is not None:
+        report.write(results / "bench.json")
     console.table(
         ("bundle", "test", "p50 ms", "p95", "p99", "CoV %", "tok/s", "% of roofline"), rows(report)
     )

@@ -28,6 +28,7 @@ def command(
     samples: options.Samples = 128,
     text_only_ok: options.TextOnly = False,
     skip_bad: options.SkipBad = 0,
+    ignore_extra: options.IgnoreExtra = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -89,6 +90,7 @@ def command(
         seed=console.seed,
         text_only_ok=text_only_ok,
         skip_bad=skip_bad,
+        ignore_extra=options.patterns(ignore_extra, "--ignore-extra"),
         models=options.models_folder(),
         force=force,
         fresh=fresh,

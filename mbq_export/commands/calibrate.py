@@ -4,6 +4,7 @@ import typer
 
 from mbq_export.commands import options
 from mbq_export.commands.console import Console
+from mbq_export.errors import UsageError, located
 
 
 def command(
@@ -18,6 +19,7 @@ def command(
     samples: options.Samples = 128,
     text_only_ok: options.TextOnly = False,
     skip_bad: options.SkipBad = 0,
+    ignore_extra: options.IgnoreExtra = None,
     force: options.Force = False,
 ) -> None:
     """Find channel scales: gradients per token class, then a search per unit.
@@ -25,10 +27,11 @@ def command(
     mbq-export calibrate --model tiny-llava-ov -o scales
     """
     from mbq_export.calibrate.sensitivity import rows
+    from mbq_export.channel_scales import CALIB_FILE
     from mbq_export.pipeline.calibration import channel_scales
     from mbq_export.pipeline.plan import make_plan
     from mbq_export.pipeline.request import BuildRequest
-    from mbq_export.writing import partial_path, publish
+    from mbq_export.writing import publish, staging
 
     console: Console = context.obj
     request = BuildRequest(
@@ -45,14 +48,26 @@ def command(
         seed=console.seed,
         text_only_ok=text_only_ok,
         skip_bad=skip_bad,
+        ignore_extra=options.patterns(ignore_extra, "--ignore-extra"),
+        record=CALIB_FILE,
         force=force,
     )
-    plan = make_plan(request)
-    loaded = plan.family.load(plan.source.folder)
-    with console.progress("calibrate") as progress:
-        scales = channel_scales(plan, loaded, console.note, state=None, progress=progress)
-    scales.write(partial_path(out))
-    publish(partial_path(out), out)
+    options.refuse_unfinished(out)
+    with located("plan"):
+        plan = make_plan(request)
+    if plan.scheme is None:
+        raise UsageError(
+            "E2005",
+            f"--wbits {wbits} has nothing to calibrate.",
+            why="the unquantized baseline has no scales",
+            fix=("--wbits 3", "--wbits 4"),
+        )
+    with staging(out) as staged:
+        loaded = plan.load()
+        with console.progress("calibrate") as progress:
+            scales = channel_scales(plan, loaded, console.note, state=None, progress=progress)
+        scales.write(staged)
+        publish(staged, out)
     console.table(
         ("layer", "linear", "vision / answer", "prompt / answer", "r"), rows(scales.sensitivity)
     )

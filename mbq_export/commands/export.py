@@ -36,6 +36,7 @@ def command(
         int | None,
         typer.Option("--max-context", help="Longest sequence.", min=1, show_default=False),
     ] = None,
+    force: options.Force = False,
 ) -> None:
     """Write vision, embedding and decoder graphs.
 
@@ -43,7 +44,9 @@ def command(
     """
     from mbq_export.checkpoint import QuantCheckpoint
     from mbq_export.export import GraphForm, export
+    from mbq_export.export.record import RECORD
     from mbq_export.families.locate import family_of
+    from mbq_export.writing import refuse_existing, refuse_inside, staging
 
     console: Console = context.obj
     for_trt = runtime == "trt"
@@ -58,10 +61,18 @@ def command(
         )
         for name in lowering.split(",")
     )
+    refuse_inside(out, checkpoint)
+    options.refuse_unfinished(out)
     opened = QuantCheckpoint.open(checkpoint)
-    with console.progress("export") as progress:
+    refuse_existing(out, record=RECORD, force=force)
+    with staging(out), console.progress("export") as progress:
         record = export(
-            opened, out, family=family_of(opened.config), forms=forms, progress=progress
+            opened,
+            out,
+            family=family_of(opened.config),
+            forms=forms,
+            force=force,
+            progress=progress,
         )
     rows = [
         (graph.file, sum(graph.nodes.values()), graph.opset, graph.weight_bytes)

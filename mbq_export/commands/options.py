@@ -1,13 +1,19 @@
 """Options that several commands share, and the ones that stand before or after the command's name."""
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
 from mbq_export.commands.console import Console
+from mbq_export.errors import UsageError
+from mbq_export.writing import explained, partial_path, refuse_inside
 
+STATE_FILE: Final = "state.json"
+DEFAULT_GROUP: Final = 128
 GLOBAL_FLAGS: Final = frozenset({"--json", "-q", "--quiet", "-v", "-vv", "--verbose", "--debug"})
 GLOBAL_VALUES: Final = frozenset({"--seed", "--progress"})
 GLOBAL_HELP: Final = (
@@ -59,7 +65,7 @@ def take_globals(
     progress: Annotated[
         str, typer.Option("--progress", help="auto, bar, plain or none.", metavar="MODE")
     ] = "auto",
-    seed: Annotated[int, typer.Option("--seed", help="Every random choice; recorded.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Every random choice; recorded.", min=0)] = 0,
     version: Annotated[  # noqa: ARG001 (handled by its callback)
         bool,
         typer.Option(
@@ -113,6 +119,14 @@ TextOnly = Annotated[
     bool, typer.Option("--text-only-ok", help="Accept calibration data without images.")
 ]
 SkipBad = Annotated[int, typer.Option("--skip-bad", help="Unreadable samples to tolerate.", min=0)]
+IgnoreExtra = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-extra",
+        help="Stored tensors to ignore that belong to no part of the model: a regular expression; repeatable.",
+        show_default=False,
+    ),
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Replace existing output, once the new one is complete.")
 ]
@@ -132,6 +146,53 @@ def switches(compat: str) -> dict[str, str]:
     if compat not in {"none", "mbq"}:
         raise typer.BadParameter(f"{compat!r} is not one of none, mbq", param_hint="--compat")
     return {} if compat == "none" else {"compat": compat}
+
+
+def result_folder(out: Path | None, bundles: Sequence[Path]) -> Path | None:
+    """Make the folder for results before the work that leads to them.
+
+    Raises:
+        UsageError: E2011 if it lies in a bundle: those are sealed.
+        ResourceError: E5008 if it cannot be made.
+    """
+    if out is not None:
+        for bundle in bundles:
+            refuse_inside(out, bundle)
+        with explained(out):
+            out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def refuse_unfinished(out: Path) -> None:
+    """Refuse a place where a build keeps its finished work: another command would clear it away.
+
+    Raises:
+        UsageError: E2011.
+    """
+    partial = partial_path(out)
+    if (partial / STATE_FILE).exists():
+        raise UsageError(
+            "E2011",
+            f"{partial} holds the finished work of a build.",
+            why="another command with the same -o would delete it",
+            fix=("choose another -o", "finish the build, or delete that folder"),
+        )
+
+
+def patterns(values: list[str] | None, option: str) -> tuple[str, ...]:
+    """Check regular expressions.
+
+    Raises:
+        BadParameter: If one cannot be read.
+    """
+    for value in values or ():
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise typer.BadParameter(
+                f"{value!r} is no regular expression: {error}", param_hint=option
+            ) from error
+    return tuple(values or ())
 
 
 def models_folder() -> Path | None:

@@ -7,6 +7,7 @@ import typer
 
 from mbq_export.commands import options
 from mbq_export.commands.console import Console
+from mbq_export.errors import located
 
 
 def command(
@@ -15,7 +16,11 @@ def command(
     scales: Annotated[Path, typer.Option("--scales", help="Folder made by calibrate.")],
     out: options.Out,
     wbits: options.WeightBits = None,
-    group_size: options.GroupSize = 128,
+    group_size: Annotated[
+        int | None,
+        typer.Option("--group-size", help="Default: that of the calibration.", show_default=False),
+    ] = None,
+    ignore_extra: options.IgnoreExtra = None,
     force: options.Force = False,
 ) -> None:
     """Fold the scales, round, pack, and write a checkpoint.
@@ -23,9 +28,11 @@ def command(
     mbq-export quantize --model tiny-llava-ov --scales scales -o checkpoint
     """
     from mbq_export.channel_scales import ChannelScales
+    from mbq_export.checkpoint import CHECKPOINT_FILE
     from mbq_export.pipeline.plan import make_plan
     from mbq_export.pipeline.request import BuildRequest
     from mbq_export.quantize import quantize
+    from mbq_export.writing import staging
 
     console: Console = context.obj
     found = ChannelScales.read(scales)
@@ -33,19 +40,29 @@ def command(
         model=model,
         out=out,
         weight_bits=wbits,
-        group_size=group_size,
+        scheme=found.calib.get("scheme") if wbits is None else None,
+        group_size=group_size or found.calib.get("group_size", options.DEFAULT_GROUP),
         method=found.switches.method,
         data="builtin:shapes",
         targets=("cpu",),
         models=options.models_folder(),
         seed=console.seed,
+        ignore_extra=options.patterns(ignore_extra, "--ignore-extra"),
+        record=CHECKPOINT_FILE,
         force=force,
     )
-    plan = make_plan(request)
-    loaded = plan.family.load(plan.source.folder)
-    with console.progress("quantize") as progress:
+    options.refuse_unfinished(out)
+    with located("plan"):
+        plan = make_plan(request)
+    with staging(out), console.progress("quantize") as progress:
+        loaded = plan.load()
         checkpoint = quantize(
-            loaded, found, scheme=plan.scheme, group_size=group_size, out=out, progress=progress
+            loaded,
+            found,
+            scheme=plan.scheme,
+            group_size=request.group_size,
+            out=out,
+            progress=progress,
         )
     console.table(("module group", "count", "bits", "reason"), plan.table())
     linears = checkpoint.info["linears"]

@@ -11,6 +11,7 @@ import typer
 from mbq_export.commands import options
 from mbq_export.commands.console import CONTROL, Console
 from mbq_export.errors import GateError, MbqError, UsageError
+from mbq_export.writing import explained
 
 if TYPE_CHECKING:
     from mbq_export.runtime.sampling import Options
@@ -152,12 +153,14 @@ def _batch(
     finished = {entry.get("id") for entry in _lines(out)} if out.exists() else set()
     todo = [entry for entry in _lines(source) if entry.get("id") not in finished]
     failed = 0
-    with console.progress("run") as progress, out.open("a", encoding="utf-8") as sink:
+    with explained(out):
+        out.touch()
+    with console.progress("run") as progress:
         for index, entry in enumerate(todo):
             result = _answer_line(session, entry, source.parent, wanted)
             failed += "error" in result
-            sink.write(json.dumps(result, ensure_ascii=False) + "\n")
-            sink.flush()
+            with explained(out), out.open("a", encoding="utf-8") as sink:
+                sink.write(json.dumps(result, ensure_ascii=False) + "\n")
             progress(index + 1, len(todo))
     if failed:
         raise GateError(

@@ -69,6 +69,7 @@ def command(
 
     console: Console = context.obj
     opened = Bundle.open(bundle)
+    results = options.result_folder(out, [bundle])
     validation = Validation(
         tiers=tuple((ALL_TIERS if tier == "all" else tier).split(",")),
         backend=backend,
@@ -78,14 +79,13 @@ def command(
         questions=questions,
         new_tokens=new_tokens,
         threads=threads,
-        tensors=out,
+        tensors=results,
         **({} if samples is None else {"samples": samples, "prompts": samples}),
     )
     with console.progress("validate") as progress:
         report = validate(opened, validation, progress=progress)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        report.write(out / "validate.json")
+    if results is not None:
+        report.write(results / "validate.json")
     console.table(
         ("tier", "gate", "modality", "value", "threshold", "verdict"), report.check_rows()
     )

@@ -75,6 +75,7 @@ def export(
     *,
     family: ModelFamily,
     forms: tuple[GraphForm, ...],
+    force: bool = False,
     progress: Progress = silent,
 ) -> ExportRecord:
     """Write all graphs of a checkpoint into a fresh folder.
@@ -86,19 +87,20 @@ def export(
         out: Folder to create (``onnx/`` of a bundle); published by one rename.
         family: The model's family.
         forms: Decoder graphs to write.
+        force: Replace an earlier export once this one is complete.
         progress: Called after each graph.
 
     Returns:
         What was written, also in ``mbq_export.json``.
 
     Raises:
-        UsageError: E2001 or E2002 for a form that does not exist for this checkpoint, E2011 if the folder
-            exists.
+        UsageError: E2001 or E2002 for a form that does not exist for this checkpoint, E2009 for a context
+            beyond the model's positions, E2011 if the folder exists.
         FormatError: E4005, E41xx for the model, E44xx if a written graph fails its checks.
         ResourceError: E5001 or E5008.
     """
-    refuse_existing(out, force=False)
-    check_forms(checkpoint, forms)
+    refuse_existing(out, record=RECORD, force=force)
+    check_forms(checkpoint, forms, longest=family.text_shape(checkpoint.config).max_positions)
     staged = partial_path(out)
     with explained(staged):
         shutil.rmtree(staged, ignore_errors=True)
@@ -125,14 +127,21 @@ def export(
     return result
 
 
-def check_forms(checkpoint: QuantCheckpoint, forms: tuple[GraphForm, ...]) -> None:
+def check_forms(checkpoint: QuantCheckpoint, forms: tuple[GraphForm, ...], *, longest: int) -> None:
     """Refuse what cannot be written, before anything is.
 
     Raises:
         UsageError: E2001 for an unknown lowering, E2002 for one without a form of this scheme, for an op level
-            that lacks the cache, or for two forms of one file name.
+            that lacks the cache, or for two forms of one file name, E2009 for more than ``longest`` positions.
     """
     for form in forms:
+        if form.max_context is not None and form.max_context > longest:
+            raise UsageError(
+                "E2009",
+                f"A context of {form.max_context} tokens is longer than the model's {longest}.",
+                why="its positions were never trained beyond that",
+                fix=f"--max-context {longest}",
+            )
         profile_for(form)
         lowering = LOWERINGS[form.lowering]
         reason = None

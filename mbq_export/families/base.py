@@ -7,7 +7,7 @@
 Everything that other stages know about a model is here; no stage branches on a family's name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
@@ -147,6 +147,7 @@ class Load(Protocol):
         *,
         dtype: str = "float32",
         meta_blocks: bool = False,
+        ignore_extra: Sequence[str] = (),
         weights: "SourceWeights | None" = None,
     ) -> "LoadedModel":
         """Check every file first, then build the model in eval mode without gradients.
@@ -156,8 +157,24 @@ class Load(Protocol):
             dtype: "float32", "float16" or "bfloat16"; weights are cast while they are read.
             meta_blocks: Leave the decoder blocks on the meta device, for streaming them one at a
                 time from `LoadedModel.weights`; everything else is loaded.
+            ignore_extra: Regular expressions of stored tensors that may be ignored.
             weights: Read tensors from here, not from the folder's own files: a quantized checkpoint that
                 dequantizes while it is read.
+
+        Raises:
+            FormatError: E40xx for the config, E41xx for weights, E42xx for the processor files.
+        """
+
+
+class Check(Protocol):
+    """Find what is wrong with a model folder before anything is computed from it."""
+
+    def __call__(self, folder: Path, *, ignore_extra: Sequence[str] = ()) -> None:
+        """Read headers only, and raise what `Load` would.
+
+        Args:
+            folder: As saved by transformers.
+            ignore_extra: Regular expressions of stored tensors that may be ignored.
 
         Raises:
             FormatError: E40xx for the config, E41xx for weights, E42xx for the processor files.
@@ -227,6 +244,7 @@ class ModelFamily:
         text_shape: Decoder sizes out of a config; checks every field it reads (E4003, E4005).
         vision_shape: Tile sizes out of a config; checks likewise.
         load: Reads a model folder.
+        check: Checks one.
         token_masks: Classifies tokens.
         vision_module: Tower and projector as one torch module: (tiles, 3, h, w) to (tiles,
             tokens_per_tile, hidden). Shares the loaded model's weights.
@@ -247,6 +265,7 @@ class ModelFamily:
     text_shape: Callable[[Config], TextShape]
     vision_shape: Callable[[Config], VisionShape]
     load: Load
+    check: Check
     token_masks: TokenMasks
     vision_module: Callable[["LoadedModel"], "nn.Module"]
     merge_images: MergeImages

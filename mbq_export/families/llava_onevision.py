@@ -8,16 +8,14 @@ Sources: "LLaVA-OneVision: Easy Visual Task Transfer", sections 3.1 and 3.2; tra
 ``modeling_llava_onevision.py``, which the tests compare with, number for number.
 """
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 
-from mbq_export.errors import FormatError, UsageError, located
+from mbq_export.errors import UsageError, located
 from mbq_export.families.anyres import AnyResolution, pack_grid
 from mbq_export.families.base import (
     ANSWER,
@@ -38,6 +36,7 @@ from mbq_export.families.loading import (
     checked_weights,
     empty_module,
     materialise,
+    native_config,
     read_generation_config,
     refuse_quantized,
 )
@@ -47,10 +46,10 @@ from mbq_export.families.weights import SourceWeights
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import LlavaOnevisionConfig
 
 NAME: Final = "llava_onevision"
 ARCHITECTURE: Final = "LlavaOnevisionForConditionalGeneration"
+CONFIG: Final = "LlavaOnevisionConfig"
 ANYRES: Final = "anyres_max_"
 
 RENAMES: Final = (
@@ -171,22 +170,35 @@ def load(
             fix="--dtype fp32",
         )
     with located(folder.name):
-        config = read_config(folder)
-        if weights is None:
-            refuse_quantized(folder, config)
-        text, vision = text_shape(config), vision_shape(config)
-        module = empty_module(_native_config(config), architecture=ARCHITECTURE, dtype=dtype)
-        weights = checked_weights(
-            folder,
-            module,
-            family=FAMILY,
-            renames=RENAMES,
-            harmless=(*HARMLESS, *ignore_extra),
-            weights=weights,
-        )
-        processor = Processor.from_folder(folder, FAMILY)
-        materialise(module, weights, family=FAMILY, skip=FAMILY.blocks if meta_blocks else "")
-        read_generation_config(folder, module)
+        empty = _checked(folder, dtype=dtype, ignore_extra=ignore_extra, weights=weights)
+        skip = FAMILY.blocks if meta_blocks else ""
+        materialise(empty.module, empty.weights, family=FAMILY, skip=skip)
+    return empty
+
+
+def check(folder: Path, *, ignore_extra: Sequence[str] = ()) -> None:
+    """Raise what `load` would, from headers alone."""
+    with located(folder.name):
+        _checked(folder, dtype=DTYPES[0], ignore_extra=ignore_extra, weights=None)
+
+
+def _checked(
+    folder: Path, *, dtype: str, ignore_extra: Sequence[str], weights: SourceWeights | None
+) -> LoadedModel:
+    """Check every file and return the model, its weights still on the meta device."""
+    config = read_config(folder)
+    if weights is None:
+        refuse_quantized(folder, config)
+    text, vision = text_shape(config), vision_shape(config)
+    module = empty_module(
+        native_config(config, name=CONFIG), architecture=ARCHITECTURE, dtype=dtype
+    )
+    harmless = (*HARMLESS, *ignore_extra)
+    weights = checked_weights(
+        folder, module, family=FAMILY, renames=RENAMES, harmless=harmless, weights=weights
+    )
+    processor = Processor.from_folder(folder, FAMILY)
+    read_generation_config(folder, module)
     return LoadedModel(
         family=FAMILY,
         folder=folder,
@@ -197,25 +209,6 @@ def load(
         processor=processor,
         weights=weights,
     )
-
-
-def _native_config(config: Config) -> "LlavaOnevisionConfig":
-    """Hand a checked config to transformers, which may refuse fields we do not read.
-
-    Raises:
-        FormatError: E4003.
-    """
-    from transformers import LlavaOnevisionConfig
-
-    try:
-        return LlavaOnevisionConfig.from_dict(copy.deepcopy(dict(config)))
-    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise FormatError(
-            "E4003",
-            f"config.json is refused by transformers: {str(error).splitlines()[0][:200]}.",
-            why="its classes read more fields than we do",
-            fix="download config.json again",
-        ) from error
 
 
 def token_masks(
@@ -383,6 +376,7 @@ FAMILY: Final = ModelFamily(
     text_shape=text_shape,
     vision_shape=vision_shape,
     load=load,
+    check=check,
     token_masks=token_masks,
     vision_module=vision_module,
     merge_images=merge_images,

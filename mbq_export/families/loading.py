@@ -6,11 +6,14 @@
 4  tensors, one at a time             read, cast, put in place
 """
 
+import copy
 import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from huggingface_hub.errors import StrictDataclassError
 
 from mbq_export.errors import FormatError
 from mbq_export.families.base import Config, ModelFamily
@@ -53,6 +56,26 @@ def refuse_quantized(folder: Path, config: Config) -> None:
         if ours
         else "give the 16-bit model it was made from",
     )
+
+
+def native_config(config: Config, *, name: str) -> "PreTrainedConfig":
+    """Hand a checked config to a class of transformers, which may refuse fields we do not read.
+
+    Raises:
+        FormatError: E4003.
+    """
+    import transformers
+
+    try:
+        found: PreTrainedConfig = getattr(transformers, name).from_dict(copy.deepcopy(dict(config)))
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise FormatError(
+            "E4003",
+            f"config.json is refused by transformers: {str(error).splitlines()[0][:200]}.",
+            why="its classes read more fields than we do",
+            fix="download config.json again",
+        ) from error
+    return found
 
 
 def empty_module(config: "PreTrainedConfig", *, architecture: str, dtype: str) -> "PreTrainedModel":

@@ -18,7 +18,7 @@ from mbq_export.calibrate.methods import METHODS
 from mbq_export.channel_scales import Switches
 from mbq_export.checkpoint import KEPT
 from mbq_export.errors import ResourceError
-from mbq_export.families.base import ModelFamily, TextShape
+from mbq_export.families.base import LoadedModel, ModelFamily, TextShape
 from mbq_export.families.locate import ModelSource, family_of, locate, read_config
 from mbq_export.native import available_memory
 from mbq_export.pipeline.request import (
@@ -101,6 +101,10 @@ class Plan:
         """Whether the reference graph is small enough to be run."""
         return self.quantized_weights <= REFERENCE_LIMIT_WEIGHTS
 
+    def load(self) -> LoadedModel:
+        """Read the model."""
+        return self.family.load(self.source.folder, ignore_extra=self.request.ignore_extra)
+
     def table(self) -> list[tuple[str, int, str, str]]:
         """What is quantized, what is kept, and why: module group, count, bits, reason."""
         linears = self.text.layers * len(self.family.linears)
@@ -127,10 +131,10 @@ def make_plan(request: BuildRequest) -> Plan:
     Raises:
         UsageError: E2001, E2002, E2004, E2005, E2011, E2012, E2018.
         MachineError: E3003 if an engine is required and its library is missing, E3014 for a model not here.
-        FormatError: E40xx for the model's config.
+        FormatError: E40xx to E42xx for the model's files, E43xx for the data.
         ResourceError: E5002 or E5003 if disk or memory cannot suffice.
     """
-    refuse_existing(request.out, force=request.force)
+    refuse_existing(request.out, record=request.record, force=request.force)
     scheme = scheme_of(request)
     check_gate(request)
     source = locate(request.model, models=request.models)
@@ -142,6 +146,7 @@ def make_plan(request: BuildRequest) -> Plan:
         for _, k in linear_shapes(text).values():
             groups_of(k, request.group_size)
     check_context(request, text, family.vision_shape(config))
+    family.check(source.folder, ignore_extra=request.ignore_extra)
     switches = METHODS[request.method].resolve(request.replaced)
     targets, skipped = targets_of(request)
     plan = Plan(

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from mbq_export.backends import BACKENDS
 from mbq_export.backends.base import Backend
+from mbq_export.bundle import MANIFEST
 from mbq_export.calibrate.data import CalibrationData, read_manifest
 from mbq_export.errors import MachineError, UsageError
 from mbq_export.families.base import TextShape, VisionShape
@@ -41,7 +42,9 @@ class BuildRequest:
         text_only_ok: Accept calibration data without pictures.
         skip_bad: Unreadable samples to tolerate.
         models: Folder of local models, searched for aliases and hub ids.
-        force: Replace an existing bundle.
+        ignore_extra: Regular expressions of stored tensors that belong to no part of the model.
+        record: File that says that existing output is of the kind to be made.
+        force: Replace existing output of that kind.
         fresh: Start again instead of resuming.
         gate: ``on``, ``warn`` or ``off``.
         gate_reason: Why the gate is not ``on``; lands in the manifest.
@@ -65,6 +68,8 @@ class BuildRequest:
     text_only_ok: bool = False
     skip_bad: int = 0
     models: Path | None = None
+    ignore_extra: tuple[str, ...] = ()
+    record: str = MANIFEST
     force: bool = False
     fresh: bool = False
     gate: str = "on"

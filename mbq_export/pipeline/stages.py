@@ -119,7 +119,7 @@ def build(request: BuildRequest, listener: Listener) -> BuildResult:
     partial = partial_path(request.out)
     with State.open(partial, plan.fingerprint, fresh=request.fresh) as state:
         work = _begin(plan, state, listener)
-        model = _Lazy(lambda: plan.family.load(plan.source.folder))
+        model = _Lazy(plan.load)
         work.run(2, CALIBRATION, lambda progress: _calibrate(work, model(), progress))
         work.run(3, WEIGHTS, lambda progress: _quantize(work, model(), progress))
         model.forget()
