@@ -118,14 +118,16 @@ def divisor_of(e: Tensor, *, place: Smooth, text: TextShape) -> Tensor:
 def folds_safely(block: nn.Module, e: Tensor, *, place: Smooth, text: TextShape) -> bool:
     """Whether the divided source still fits 16-bit floats (METHODS 18).
 
-    True if no value exceeds the largest fp16 number and none that was not zero falls below 2**-24 of the
-    largest value, where fp16 would lose it beside the others.
+    True if no value exceeds the largest fp16 number and no output channel falls below 2**-24 of the largest,
+    where fp16 would lose it beside the others. A channel is as large as its largest weight; channels that
+    small before the division do not count.
     """
-    source = block.get_parameter(f"{place.source}.weight")
-    values = _divided(source, divisor_of(e, place=place, text=text)).abs()
-    largest = float(values.max())
-    smallest = float(values[values > 0].min()) if largest > 0 else 0.0
-    return largest <= FP16_LARGEST and smallest >= largest * FP16_SMALLEST_STEP
+    weight = block.get_parameter(f"{place.source}.weight").float()
+    before = weight.abs().reshape(len(weight), -1).amax(1)
+    after = before / divisor_of(e, place=place, text=text)
+    seen = before >= before.max() * FP16_SMALLEST_STEP
+    smallest_allowed = after.max() * FP16_SMALLEST_STEP
+    return bool(after.max() <= FP16_LARGEST and (after[seen] >= smallest_allowed).all())
 
 
 def _divided(parameter: Tensor, divisor: Tensor) -> Tensor:

@@ -62,7 +62,9 @@ def last_rows(model: LoadedModel, units: tuple[str, ...]) -> tuple[Tensor, Tenso
     ids="+".join,
 )
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_folding_changes_no_output(model: Callable[[], LoadedModel], units: tuple[str, ...]) -> None:
+def test_folding_changes_no_output(
+    model: Callable[[], LoadedModel], units: tuple[str, ...]
+) -> None:
     plain, folded = last_rows(model(), units)
     assert float((plain - folded).norm() / plain.norm()) <= INVARIANT
 
@@ -146,6 +148,7 @@ def norm_block(*weights: float) -> nn.Module:
         ((1.0, 1.0), (1.0, 2.0**24), True),
         ((1.0, 1.0), (1.0, 2.0**25), False),
         ((1.0, 0.0), (1.0, 1.0), True),
+        ((1.0, 1e-9), (1.0, 2.0), True),
     ],
 )
 def test_a_norm_must_still_fit_half_precision(
@@ -155,3 +158,14 @@ def test_a_norm_must_still_fit_half_precision(
         norm_block(*weights), torch.tensor(e), place=SMOOTH[0], text=tiny_model().text
     )
     assert found is safe
+
+
+def test_a_tiny_weight_among_large_ones_is_no_lost_channel() -> None:
+    """Trained matrices hold numbers close to zero everywhere; only whole channels can be lost."""
+    model = tiny_model()
+    with BlockStream(model).block(0) as block, torch.no_grad():
+        block.get_parameter("mlp.up_proj.weight")[3, 5] = 1e-12
+        ones = torch.ones(256)
+        assert folds_safely(block, ones, place=SMOOTH[3], text=model.text)
+        lost = ones.index_fill(0, torch.tensor([3]), 2.0**30)
+        assert not folds_safely(block, lost, place=SMOOTH[3], text=model.text)

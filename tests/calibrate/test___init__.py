@@ -265,3 +265,4 @@ def test_a_search_lowers_the_error_of_every_block_of_the_sample_model() -> None:
     assert len(searched) == 15
     assert all(unit["J"]["best"] <= unit["J"]["rtn"] for unit in searched)
     assert sum(unit["J"]["best"] < unit["J"]["rtn"] for unit in searched) >= 12
+    assert all(unit["dropped"] == 0 for unit in searched)
