@@ -199,7 +199,7 @@ def _weights_stay_int4(table: LayerTable, linears: tuple[QuantizedLinear, ...]) 
 
 def _no_slow_dequantize(table: LayerTable) -> Check:
     """A3: a row that reads Int4 and writes as many halves puts a dequantized weight into memory."""
-    bad = []
+    bad: list[str] = []
     for row in table.layers:
         packed = {each.elements for each in row.constants if each.type == "Int4"}
         written = {each.elements for each in row.outputs if each.type in FLOATS}

@@ -10,7 +10,7 @@ Sources: "LLaVA-OneVision: Easy Visual Task Transfer", sections 3.1 and 3.2; tra
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,7 @@ from mbq_export.families.weights import SourceWeights
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
 NAME: Final = "llava_onevision"
 ARCHITECTURE: Final = "LlavaOnevisionForConditionalGeneration"
@@ -172,7 +173,8 @@ def load(
     with located(folder.name):
         empty = _checked(folder, dtype=dtype, ignore_extra=ignore_extra, weights=weights)
         skip = FAMILY.blocks if meta_blocks else ""
-        materialise(empty.module, empty.weights, family=FAMILY, skip=skip)
+        module = cast("PreTrainedModel", empty.module)
+        materialise(module, empty.weights, family=FAMILY, skip=skip)
     return empty
 
 
