@@ -11,7 +11,7 @@ which also sees norms, rotation, attention and residuals.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mbq_export.evaluate.tolerances import Gates
     from mbq_export.families.base import ModelFamily
 
+TIER: Final = "numeric"
 MODALITIES: Final = (VISION, PROMPT, ANSWER)
 NO_POSITIONS: Final = "not measured: no positions"
 """Reason of a check whose modality does not occur in the data (W1104); such a check has not passed."""
@@ -227,7 +228,7 @@ def linear_check(errors: Sequence[LinearError], gates: Gates) -> Check:
     bad = [error for error in errors if limit is not None and not error.error <= limit]
     return Check(
         name="parity.linear",
-        tier="numeric",
+        tier=TIER,
         ok=ok,
         value=worst.error,
         threshold=limit,
@@ -241,65 +242,51 @@ def stream_checks(
     errors: Sequence[StreamError], gates: Gates, *, prefix: str = "parity"
 ) -> list[Check]:
     """Gate the stream: one check per metric and modality, each by the value that is worst in it."""
-    checks = []
-    for kind in MODALITIES:
-        modality = TOKEN_CLASSES[kind]
-        own = [error for error in errors if error.modality == modality]
-        checks += _modality_checks(own, gates, modality=modality, prefix=prefix)
-    return checks
-
-
-def _modality_checks(
-    errors: Sequence[StreamError], gates: Gates, *, modality: str, prefix: str
-) -> list[Check]:
-    limits: dict[str, float | None] = {
+    limits = {
         "cosine": gates.cosine_mean,
         "cosine_worst": gates.cosine_worst,
         "norm_ratio": gates.norm_ratio,
         "relative_error": gates.relative_error,
     }
     checks = []
-    for name, limit in limits.items():
-        if limit is None:
-            continue
-        if not errors:
-            checks.append(
-                Check(
-                    name=f"{prefix}.{name}",
-                    tier="numeric",
-                    ok=None,
-                    threshold=limit,
-                    modality=modality,
-                    why=NO_POSITIONS,
-                )
-            )
-            continue
-        # How far each value is on the bad side of its limit; NaN counts as farthest.
-        found = {error.value: _gated(error, name, gates) for error in errors}
-        excess = {
-            value: limit - number if name.startswith("cosine") else number - limit
-            for value, number in found.items()
-        }
-        place = max(excess, key=lambda value: np.inf if np.isnan(excess[value]) else excess[value])
-        checks.append(
-            Check(
-                name=f"{prefix}.{name}",
-                tier="numeric",
-                ok=bool(excess[place] <= 0),
-                value=found[place],
-                threshold=limit,
-                modality=modality,
-                place=place,
-                why="" if excess[place] <= 0 else f"worst at {place}",
-            )
-        )
+    for kind in MODALITIES:
+        modality = TOKEN_CLASSES[kind]
+        own = [error for error in errors if error.modality == modality]
+        for metric, limit in limits.items():
+            if limit is not None:
+                check = _worst_value(own, metric, limit, gates) if own else _unmeasured(limit)
+                checks.append(replace(check, name=f"{prefix}.{metric}", modality=modality))
     return checks
 
 
-def _gated(error: StreamError, name: str, gates: Gates) -> float:
+def _unmeasured(limit: float) -> Check:
+    return Check(name="", tier=TIER, ok=None, threshold=limit, why=NO_POSITIONS)
+
+
+def _worst_value(errors: Sequence[StreamError], metric: str, limit: float, gates: Gates) -> Check:
+    """Gate one metric of one modality along the stream."""
+    # How far each value is on the bad side of its limit; NaN counts as farthest.
+    found = [_gated(error, metric, gates) for error in errors]
+    sign = -1 if metric.startswith("cosine") else 1
+    excess = [sign * (number - limit) for number in found]
+    at = max(range(len(errors)), key=lambda i: np.inf if np.isnan(excess[i]) else excess[i])
+    ok = excess[at] <= 0
+    return Check(
+        name="",
+        tier=TIER,
+        ok=bool(ok),
+        value=found[at],
+        threshold=limit,
+        worst=errors[at].cosine_worst if metric == "cosine" else None,
+        place=errors[at].value,
+        why="" if ok else f"worst at {errors[at].value}",
+    )
+
+
+def _gated(error: StreamError, metric: str, gates: Gates) -> float:
     return {
         "cosine": error.cosine,
         "cosine_worst": error.cosine_worst,
         "norm_ratio": error.norm_off_gated(gates),
         "relative_error": error.error,
-    }[name]
+    }[metric]

@@ -1,17 +1,20 @@
 """Quality: how far the checkpoint's model is from the full-precision one. Says nothing about graphs.
 
-full precision ──► stream, logits ─┐
-                                   ├── cosine, norm ratio, agreement, KL ──► quality.*
-checkpoint (torch) ──► the same ───┘
+full precision ─────► logits ─┐
+                              ├── cosine, norm ratio, agreement, KL ──► quality.*
+checkpoint (torch) ─► logits ─┘
+
+Logits and not hidden states: at 3 bits the stream turns in directions that the head does not read (on the sample
+model to a cosine of 0.95 at prompts, while every answer stays the same).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mbq_export.evaluate.comparison import StreamComparison, stream_checks
+from mbq_export.evaluate.comparison import TIER, StreamComparison, stream_checks
 from mbq_export.evaluate.metrics import divergences
 from mbq_export.evaluate.sides import answer_rows, prompt_of
 from mbq_export.export.ops import LOGITS
@@ -23,8 +26,6 @@ if TYPE_CHECKING:
     from mbq_export.evaluate.sides import Oracle
     from mbq_export.evaluate.tolerances import Gates
     from mbq_export.families.inputs import ModelInputs
-
-TIER: Final = "numeric"
 
 
 def quality_checks(

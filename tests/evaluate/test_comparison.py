@@ -167,6 +167,8 @@ def test_a_turned_vector_fails_the_cosine_where_the_norm_ratio_is_blind() -> Non
         values["layers.0.hidden"][CLASSES == VISION], turned[CLASSES == VISION]
     ).mean()
     assert check.value == pytest.approx(expected)
+    assert check.worst is not None
+    assert check.worst < check.value
 
 
 def test_a_small_error_of_one_position_fails_the_relative_error_alone() -> None:

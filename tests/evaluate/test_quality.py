@@ -175,23 +175,23 @@ def test_a_difference_is_stated_only_if_every_seed_shows_it(
 def options(tmp_path_factory: pytest.TempPathFactory) -> Namespace:
     """Fewer pictures and samples than the published table, another draw."""
     work = tmp_path_factory.mktemp("quality")
-    return Namespace(images=250, seed=6, samples=32, seeds=1, work=work)
+    return Namespace(images=200, seed=6, samples=24, seeds=1, work=work)
 
 
 @pytest.fixture(scope="module")
 def plain(options: Namespace) -> dict[str, Paper]:
-    return taken("plain", options)
+    return taken("plain", ("mbq",), options)
 
 
 @pytest.fixture(scope="module")
 def stress(options: Namespace) -> dict[str, Paper]:
-    return taken("stress", options)
+    return taken("stress", ("rtn", "awq", "mbq"), options)
 
 
-def taken(variant: str, options: Namespace) -> dict[str, Paper]:
-    """Papers of a variant by method, groups of 128."""
+def taken(variant: str, methods: tuple[str, ...], options: Namespace) -> dict[str, Paper]:
+    """Papers of a variant by method, groups of 128, and of full precision."""
     model = variant_model(variant, options.work)
-    rows = [Row(variant, 0, "fp"), *(Row(variant, 128, name) for name in ("rtn", "awq", "mbq"))]
+    rows = [Row(variant, 0, "fp"), *(Row(variant, 128, method) for method in methods)]
     exam = Exam(
         model.module,
         list(evaluation_scenes(options.images, seed=options.seed)),
@@ -211,7 +211,7 @@ def test_w3_of_the_sample_model_costs_little(plain: dict[str, Paper]) -> None:
     full, mbq = plain["fp"].correct.mean(), plain["mbq"].correct.mean()
     assert full >= SAMPLE_ACCURACY_FLOOR
     assert full - mbq <= SAMPLE_W3_LOSS
-    assert len(plain["fp"].correct) > 1200
+    assert len(plain["fp"].correct) > 1000
 
 
 @pytest.mark.slow
