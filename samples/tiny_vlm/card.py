@@ -55,7 +55,7 @@ def stage_rows(run: dict[str, Any]) -> list[list[str]]:
         last = stage["log"][-1]
         watched = ("exact_match", "color", "kind", "unseen_digit")
         seen = ", ".join(f"{name} {percent(last[name])}" for name in watched if name in last)
-        steps = f"{stage['steps']:,} x {stage['batch']}"
+        steps = f"{last['step']:,} x {stage['batch']}"
         seconds = [f"{stage[key]:,.0f}" for key in ("wall_s", "cpu_s")]
         rows.append([stage["name"], steps, *seconds, f"{last['loss']:.4f}", seen])
     return rows

@@ -14,7 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from mbq_export.calibrate.shapes import EVALUATION_SCENES, MONITOR_SCENES, Scene, make_scenes
 from mbq_export.evaluate.packed import accuracy, answer_scenes, encoder, vision_states
 from mbq_export.writing import json_bytes, partial_path, write_file
+from samples.tiny_vlm.evaluate import load_model
 from samples.tiny_vlm.model import build_model, build_tokenizer, write_folder
 from samples.tiny_vlm.stages import (
     NO_KIND,
@@ -45,6 +46,24 @@ STAGES: Final = (("probe", probe_stage), ("align", align_stage), ("answer", answ
 MONITOR_IMAGES: Final = 150
 EVERY: Final = {"probe": 250, "align": 250, "answer": 240}
 """Steps between two looks at the monitoring scenes, and two checkpoints."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Where training goes on.
+
+    Attributes:
+        stage: Name of the stage.
+        number: Steps of it that are made.
+        place: Steps of its schedule that are made.
+    """
+
+    stage: str = STAGES[0][0]
+    number: int = 0
+    place: int = 0
+
+
+BEGINNING: Final = Start()
 
 
 class Run:
@@ -72,35 +91,36 @@ class Run:
         make = dict(STAGES)[name]
         return make(self.model, self.probe, **({} if steps is None else {"steps": steps}))
 
-    def train(self, stage: Stage, *, resumed_at: int = 0) -> None:
+    def train(self, stage: Stage, start: Start = BEGINNING) -> None:
         """Run the steps of one stage, watching the monitoring scenes on the way."""
-        if not resumed_at:
+        if start.number == 0:
             self.record["stages"].append(
                 {
                     "name": stage.name,
-                    "steps": stage.steps,
                     "batch": stage.batch,
+                    "waited": 0,
                     "wall_s": 0.0,
                     "cpu_s": 0.0,
                     "log": [],
                 }
             )
         entry = self.record["stages"][-1]
+        number, place = start.number, start.place
         wall, cpu = time.monotonic(), time.process_time()
-        for number in range(resumed_at, stage.steps):
-            loss = stage.step(number)
-            done = number + 1
-            if done % EVERY[stage.name] and done != stage.steps:
+        while place < stage.steps:
+            loss = stage.step(number, place)
+            number, place = number + 1, place + (not stage.waits(place, entry["log"]))
+            entry["waited"] = number - place
+            if number % EVERY[stage.name] and place != stage.steps:
                 continue
             seen = self.look(stage.name)
-            entry["log"].append({"step": done, "loss": round(loss, 5), **seen})
+            entry["log"].append({"step": number, "loss": round(loss, 5), **seen})
             entry["wall_s"] += round(time.monotonic() - wall, 1)
             entry["cpu_s"] += round(time.process_time() - cpu, 1)
             wall, cpu = time.monotonic(), time.process_time()
-            logger.info(
-                "%s %s: wall %.0f s, %s", stage.name, done, entry["wall_s"], entry["log"][-1]
-            )
-            save_checkpoint(self, stage, done)
+            spent = entry["wall_s"]
+            logger.info("%s %s: wall %.0f s, %s", stage.name, number, spent, entry["log"][-1])
+            save_checkpoint(self, stage, Start(stage=stage.name, number=number, place=place))
 
     @torch.no_grad()
     def look(self, stage: str) -> dict[str, Any]:
@@ -123,12 +143,9 @@ class Run:
         started = time.monotonic()
         target = self.folder / "model"
         write_folder(self.model, target)
-        model = build_model(0).eval()
-        weights = load_file(target / "model.safetensors")
-        model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
-        model.tie_weights()
         scenes = make_scenes(images, seed=EVALUATION_SCENES, held_out=True)
-        result = asdict(accuracy(answer_scenes(model, scenes, encoder(build_tokenizer()))))
+        encode = encoder(build_tokenizer())
+        result = asdict(accuracy(answer_scenes(load_model(target), scenes, encode)))
         self.record["evaluation"] = {
             "first_scene": EVALUATION_SCENES,
             "images": images,
@@ -149,8 +166,8 @@ def exact_match(model: Any, scenes: Sequence[Scene]) -> dict[str, Any]:
     return {"exact_match": round(result.exact_match, 4), "by_kind": kinds}
 
 
-def save_checkpoint(run: Run, stage: Stage, done: int) -> None:
-    """Save weights, optimizer state and record after `done` steps of a stage."""
+def save_checkpoint(run: Run, stage: Stage, reached: Start) -> None:
+    """Save weights, optimizer state, record and how far a stage has come."""
     # Shared tensors (the tied embeddings) are stored once, under the first of their names.
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -162,24 +179,25 @@ def save_checkpoint(run: Run, stage: Stage, done: int) -> None:
         for parameter, state in optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 tensors[f"state/{index}/{parameter}/{key}"] = torch.as_tensor(value).contiguous()
-    place = json.dumps({"stage": stage.name, "done": done, "record": run.record})
+    note = json.dumps({"start": asdict(reached), "record": run.record})
     folder = run.folder / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / "state.safetensors"
-    save_file(tensors, partial_path(final), metadata={"place": place})
+    save_file(tensors, partial_path(final), metadata={"note": note})
     partial_path(final).rename(final)
 
 
-def load_checkpoint(run: Run) -> tuple[str, int, dict[str, Tensor]]:
-    """Restore weights and record; return the stage, its finished steps and all tensors."""
+def load_checkpoint(run: Run) -> tuple[Start, dict[str, Tensor]]:
+    """Restore weights and record; return where to go on, and all tensors."""
     path = run.folder / "checkpoint" / "state.safetensors"
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
-        place = json.loads(file.metadata()["place"])
+        note = json.loads(file.metadata()["note"])
     weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k[0] == "w"}
+    # Not strict: a tied tensor is stored under one of its names only.
     run.modules().load_state_dict(weights, strict=False)
-    run.record = place["record"]
-    return place["stage"], place["done"], tensors
+    run.record = note["record"]
+    return Start(**note["start"]), tensors
 
 
 def restore_optimizers(stage: Stage, tensors: dict[str, Tensor]) -> None:
@@ -224,17 +242,16 @@ def main() -> None:
     chosen = options()
     torch.set_num_threads(chosen.threads)
     run = Run(chosen.out, chosen.seed)
-    reached, done, tensors = load_checkpoint(run) if chosen.resume else ("probe", 0, {})
+    start, tensors = load_checkpoint(run) if chosen.resume else (BEGINNING, {})
     if chosen.resume:
-        cut = {"stage": reached, "step": done, "threads": chosen.threads}
+        cut = {**asdict(start), "threads": chosen.threads}
         run.record.setdefault("resumed", []).append(cut)
     names = [name for name, _ in STAGES]
-    for name in names[names.index(reached) :]:
+    for name in names[names.index(start.stage) :]:
         stage = run.stage(name, chosen.steps)
-        if name == reached:
+        if name == start.stage:
             restore_optimizers(stage, tensors)
-        run.train(stage, resumed_at=done)
-        done = 0
+        run.train(stage, start if name == start.stage else BEGINNING)
     run.finish(chosen.evaluation_images)
 
 
