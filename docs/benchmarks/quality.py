@@ -192,7 +192,7 @@ def result(papers: dict[Row, Paper], options: argparse.Namespace) -> dict[str, A
 
 
 def setup(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything a reader needs to make the table again (METHODS 21.7)."""
+    """Everything a reader needs to make the table again."""
     training = make_scenes(BLIND_SCENES, seed=3 * TRAINING_SCENES)
     asked = evaluation_questions(options.images, seed=options.seed)
     return {

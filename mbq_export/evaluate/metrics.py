@@ -107,7 +107,7 @@ def log_probabilities(logits: Array) -> Rows:
 
 
 def divergences(reference: Array, tested: Array) -> Rows:
-    """KL(reference || tested) of next-token distributions, in nats (METHODS 21).
+    """KL(reference || tested) of next-token distributions, in nats.
 
     Args:
         reference: (M, V) logits.

@@ -3,7 +3,7 @@
     scenes ── vision tower (once) ──► states ──┬── full precision ──► logits, kept
                                                └── quantized ───────► logits ──► answers, KL per modality
 
-Trust KL more than accuracy: it separates methods where accuracy is saturated (METHODS 21). A position belongs
+Trust KL more than accuracy: it separates methods where accuracy is saturated. A position belongs
 to the modality of the token it stands on, except that those which predict an answer token are the answer's.
 Captions are shown to the models but not counted.
 """
@@ -267,7 +267,7 @@ def comparison(first: Paper, second: Paper) -> dict[str, Any]:
 
 
 def established(differences: Sequence[Mapping[str, float]]) -> int:
-    """Say whether a difference may be stated (METHODS 21.4).
+    """Say whether a difference may be stated.
 
     Args:
         differences: One per seed: value, low, high.

@@ -1,4 +1,4 @@
-"""Task accuracy with honest intervals, and the questions of a local file (METHODS 21).
+"""Task accuracy with honest intervals, and the questions of a local file.
 
 Questions about one picture are not independent: when the picture is hard, all its questions fail together.
 So every interval here resamples pictures (clusters), never questions, and two methods are compared on the

@@ -127,7 +127,7 @@ def test_worst_share_of_many_positions_leaves_one_percent_out() -> None:
 
 
 def test_wilson_interval_of_the_protocol() -> None:
-    # METHODS 21: n = 2000, p = 0.7 gives about 2.0 points to each side.
+    # n = 2000, p = 0.7 gives about 2.0 points to each side.
     low, high = wilson(1400, 2000)
     assert (low, high) == pytest.approx((0.6795, 0.7197), abs=1e-4)
 
