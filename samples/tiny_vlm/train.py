@@ -4,7 +4,7 @@ RUN/model/           the finished Hugging Face folder
 RUN/training.json    what happened: steps, losses, accuracy, seconds of wall and processor time
 RUN/checkpoint/      the last saved state; --resume goes on from it
 
-4.4 M parameters, one seed, about 41 minutes on two undisturbed cores with AVX-512 bf16.
+41 minutes or more on two undisturbed cores with AVX-512 bf16: stage 3 waits for a jump (stages.py).
 """
 
 import argparse
