@@ -187,6 +187,16 @@ class ChannelScales:
                 positive and finite; E4101 if the tensors' file is damaged.
             IncompatibleError: E7004 for a newer schema.
         """
+        if not (folder / CALIB_FILE).is_file():
+            inside = next(folder.glob(f"*/{CALIB_FILE}"), None)
+            raise FormatError(
+                "E4314",
+                f"There is no {CALIB_FILE} in {folder}.",
+                why="channel scales are a folder as calibrate writes it",
+                fix=f"use {inside.parent}"
+                if inside
+                else "mbq-export calibrate --model MODEL -o DIR",
+            )
         sensitivity = _read(folder / SENSITIVITY_FILE, SENSITIVITY_SCHEMA)
         calib = _read(folder / CALIB_FILE, CALIB_SCHEMA)
         Switches.restored(calib.get("switches"))

@@ -50,7 +50,7 @@ WORKER: Final = (
 )
 OPT_LEVEL: Final = 3
 
-# Measured: 3.3 GB for 988 MB of weights, 0.5 GB for a small graph (docs/numerics.md, "memory of a build").
+# Measured: 3.3 GB for 988 MB of weights, 0.3 GB for the sample model.
 BUILD_BYTES_PER_WEIGHT_BYTE: Final = 3.5
 BUILD_BYTES: Final = 1 << 29
 
@@ -233,7 +233,7 @@ def check_memory(graph: EngineGraph, *, available: int | None = None) -> None:
             "E5003",
             f"Building {graph.name} needs about {peak / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB is free.",
             why=f"{BUILD_BYTES_PER_WEIGHT_BYTE} times {weights / 2**20:.0f} MiB of weights, and 0.5 GiB",
-            fix=("close other programs", "--split-lm-head 4", "build on a larger machine"),
+            fix=("close other programs", "build on a larger machine"),
             context={"needed_bytes": peak, "available_bytes": free},
         )
 
@@ -372,5 +372,5 @@ def _bad_profile(found: str, rule: str) -> UsageError:
         "E2008",
         f"The optimization profile is invalid: {found}.",
         why=rule,
-        fix=("--max-tiles N for the vision engine", "--max-context N for the decoder"),
+        fix="--max-context N",
     )

@@ -111,7 +111,7 @@ MEANINGS: Final = {
         error=BuildError,
         code="E6001",
         why="TensorRT's parser does not read this graph",
-        fix=("export again with --op-level opset20", _REPORT),
+        fix=(_REPORT,),
     ),
     "onnx-empty": Meaning(
         error=FormatError,
@@ -129,7 +129,7 @@ MEANINGS: Final = {
         error=UsageError,
         code="E2008",
         why="every varying input needs smallest <= typical <= largest",
-        fix=("--max-tiles N for the vision engine", "--max-context N for the decoder"),
+        fix=("--max-context N", _REPORT),
     ),
     "trt-target": Meaning(
         error=UsageError,
@@ -141,7 +141,7 @@ MEANINGS: Final = {
         error=ResourceError,
         code="E5004",
         why="the builder ran out of memory",
-        fix=("close other programs", "--split-lm-head 4", "build on a larger machine"),
+        fix=("close other programs", "build on a larger machine"),
     ),
     "trt-build": Meaning(
         error=BuildError,
@@ -219,7 +219,7 @@ def _death(job: Job, child: ChildResult, story: Story, kept: str) -> MbqError:
             "E5004",
             f"TensorRT was killed in {story.stage}, having used {peak:.1f} GiB.",
             why="the kernel kills what takes too much memory, and says so only in its own log",
-            fix=("close other programs", "--split-lm-head 4", "build on a larger machine"),
+            fix=("close other programs", "build on a larger machine"),
             context=context,
         )
     if child.signal == "SIGABRT" and ABORT_OF_SONAME in words:

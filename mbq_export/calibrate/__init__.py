@@ -289,7 +289,7 @@ def _check_tokens(inputs: Sequence[ModelInputs], recipe: Recipe) -> None:
     if recipe.switches.tokens != "all" and recipe.switches.tokens < 2:
         raise UsageError(
             "E2001",
-            f"--tokens {recipe.switches.tokens} is too few.",
+            f"{recipe.switches.tokens} tokens per class are too few.",
             why="the spread between candidates needs two tokens of a class",
-            fix=("--tokens 512", "--tokens all"),
+            fix="512 of each class, or all",
         )

@@ -196,7 +196,7 @@ def encode(
                     "E4309",
                     "No answer token is left in the sample.",
                     why="sensitivities are gradients of the answer's likelihood",
-                    fix=("--max-tokens N, larger", "give the sample an answer"),
+                    fix=("give the sample an answer", "shorten its prompt or use smaller pictures"),
                 )
         cut += shortened is not inputs
         encoded.append(shortened)
@@ -363,7 +363,7 @@ def _shortened(inputs: ModelInputs, most: int) -> ModelInputs:
             "E4313",
             f"The sample has {length} tokens, and its pictures alone do not fit into {most}.",
             why="a picture is never cut",
-            fix=(f"--max-tokens {length}", "use smaller pictures"),
+            fix=("use smaller pictures", "give the sample fewer pictures"),
         )
     return replace(
         inputs, input_ids=inputs.input_ids[:most], token_classes=inputs.token_classes[:most]

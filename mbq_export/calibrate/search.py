@@ -4,7 +4,7 @@
     W' = Q(W diag(e)) diag(1 / e)           alpha = 0 is plain rounding
     J(alpha) = error of the module's output with W' in place of W, weighed per token class
 
-MBQ, arXiv 2412.19509, section 3.2, on the search of AWQ, arXiv 2306.00978, section 3.2. With ``--tokens N``
+MBQ, arXiv 2412.19509, section 3.2, on the search of AWQ, arXiv 2306.00978, section 3.2. With ``tokens`` N
 candidates are ranked on N tokens per class; those that could still be best are scored again on all tokens.
 """
 

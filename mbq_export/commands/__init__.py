@@ -3,6 +3,7 @@
 Nothing here computes. A command file declares its options, calls one function of a stage, prints one thing.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Final
@@ -72,5 +73,7 @@ for _module in COMMANDS:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and end the process with its exit status."""
+    # A request to end is an interrupt: finished work is kept, locks are released.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     argv = hoist_globals(list(sys.argv[1:] if arguments is None else arguments))
     sys.exit(run_guarded(app, argv, Console()))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mbq_export.commands import options
-from mbq_export.commands.console import Console
+from mbq_export.commands.console import Console, counted
 
 
 def command(
@@ -35,7 +35,10 @@ def command(
     lowering: options.Lowering = "qdq",
     threads: options.Threads = 0,
     accuracy_level: Annotated[
-        int, typer.Option("--ort-accuracy-level", help="0 exact; 4 int8 activations, faster.")
+        int,
+        typer.Option(
+            "--ort-accuracy-level", help="0 exact; 4 int8 activations, faster.", min=0, max=4
+        ),
     ] = 0,
     allow_noisy: Annotated[
         bool, typer.Option("--allow-noisy", help="A noisy machine is a warning, not an error.")
@@ -65,9 +68,9 @@ def command(
         for opened in (Bundle.open(path) for path in bundles)
     ]
     workloads = matrix(
-        prompt_tokens=options.numbers(prompt_tokens, "--prompt-tokens") or (None,),
-        new_tokens=options.numbers(new_tokens, "--new-tokens"),
-        images=options.numbers(images, "--images"),
+        prompt_tokens=options.numbers(prompt_tokens, "--prompt-tokens", least=1) or (None,),
+        new_tokens=options.numbers(new_tokens, "--new-tokens", least=1),
+        images=options.numbers(images, "--images", least=0),
         picture=picture,
     )
     results = options.result_folder(out, bundles)
@@ -91,4 +94,6 @@ def command(
         raise noisy
     if noisy is not None:
         console.warn("W1301", f"{noisy.message} {noisy.why}")
-    console.finish(report.as_json(), what=f"{len(contenders)} bundles, {len(workloads)} workloads")
+    console.finish(
+        report.as_json(), what=f"{counted(contenders, 'bundle')}, {counted(workloads, 'workload')}"
+    )

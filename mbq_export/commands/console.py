@@ -4,6 +4,7 @@ Results go to stdout, everything else to stderr. In JSON mode stdout holds exact
 failure. The last line is fixed for scripts: ``OK  <command>  <what>`` or ``FAILED  <command>  <code>  <text>``.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -24,7 +25,14 @@ import typer
 
 from mbq_export import __version__
 from mbq_export.commands.bars import open_progress
-from mbq_export.errors import EXIT_INTERRUPTED, EXIT_OK, InternalError, MbqError, UsageError
+from mbq_export.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    InternalError,
+    MachineError,
+    MbqError,
+    UsageError,
+)
 from mbq_export.progress import Progress
 
 PROGRAM: Final = "mbq-export"
@@ -167,6 +175,8 @@ class Console:
 
 def run_guarded(app: Callable[..., object], argv: list[str], console: Console) -> int:
     """Run a Typer app and turn whatever happens into one exit status."""
+    # Known before the options are read: a wrong one is a document too.
+    console.as_json |= "--json" in itertools.takewhile(lambda word: word != "--", argv)
     try:
         outcome = app(argv, prog_name=PROGRAM, standalone_mode=False, obj=console)
     except MbqError as error:
@@ -178,6 +188,8 @@ def run_guarded(app: Callable[..., object], argv: list[str], console: Console) -
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         outcome = EXIT_OK
+    except ModuleNotFoundError as error:
+        return console.fail(_not_installed(error) or _crash(error))
     except Exception as error:  # noqa: BLE001 (the one place: a bug must not look like a traceback)
         return console.fail(_crash(error))
     if outcome == EXIT_INTERRUPTED:  # Typer may turn an interrupt into a returned status itself
@@ -207,12 +219,18 @@ def _typed(argv: Sequence[str], names: Sequence[str]) -> str:
     return ""
 
 
+def counted(things: Sized, noun: str) -> str:
+    """Write ``1 bundle`` or ``3 bundles``."""
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+
+
 def table_lines(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Lay out a table: columns two spaces apart, numbers to the right."""
-    cells = [[_shown(str(cell)) for cell in row] for row in [header, *rows]]
+    """Lay out a table: columns two spaces apart, numbers to the right with four digits, - for nothing."""
+    cells = [[_shown(_cell(cell)) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     right = [
-        bool(rows) and all(isinstance(row[column], int | float) for row in rows)
+        any(isinstance(row[column], int | float) for row in rows)
+        and all(isinstance(row[column], int | float | None) for row in rows)
         for column in range(len(header))
     ]
     lines = [
@@ -226,6 +244,10 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list
     return lines
 
 
+def _cell(value: object) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _say_interrupted(console: Console) -> None:
     sys.stderr.write("\ninterrupted, finished work is kept\n")
     if console.resume:
@@ -233,10 +255,30 @@ def _say_interrupted(console: Console) -> None:
     sys.stderr.write(f"FAILED  {console.command or PROGRAM}  {EXIT_INTERRUPTED}  interrupted\n")
 
 
+def _not_installed(error: ModuleNotFoundError) -> MachineError | None:
+    """Name the package of somebody else that is missing; None if the module is one of ours."""
+    package = (error.name or "").partition(".")[0]
+    if package in {"", "mbq_export"}:
+        return None
+    return MachineError(
+        "E3007",
+        f"The Python package {package} is not installed.",
+        why=f"mbq-export needs it, and this is {sys.executable}",
+        fix=('pip install "mbq-export[cpu]"', "mbq-export doctor"),
+    )
+
+
+def _version_of(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
 def _crash(error: Exception) -> InternalError:
     """Write versions and traceback, no content, to a file the user can send."""
     path = Path(gettempdir()) / f"mbq-export-crash-{os.getpid()}.txt"
-    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "onnx", "numpy")]
+    versions = [f"{name} {_version_of(name)}" for name in ("torch", "onnx", "numpy")]
     trace = "".join(traceback.format_exception(error))
     path.write_text(f"mbq-export {__version__}\n{'; '.join(versions)}\n{trace}")
     return InternalError(

@@ -26,7 +26,7 @@ def command(
 ) -> None:
     """Check what this machine can do, and what would mend it. Nothing is written."""
     from mbq_export.errors import UsageError
-    from mbq_export.evaluate.doctor import USES, demand, examine, report_rows, uses
+    from mbq_export.evaluate.doctor import USES, advice, demand, examine, report_rows, uses
 
     console: Console = context.obj
     if use is not None and use not in USES:
@@ -34,7 +34,9 @@ def command(
             "E2001", f"Unknown use {use!r}.", why=f"known: {', '.join(USES)}", fix="--for build"
         )
     rows = examine(output=out, bundle=bundle)
-    console.table(("check", "found", "needed", "status", "fix"), report_rows(rows))
+    console.table(("check", "status", "found"), report_rows(rows))
+    for line in advice(rows):
+        console.text(line)
     if use is not None:
         demand(rows, use)
     possible = uses(rows)

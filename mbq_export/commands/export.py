@@ -32,6 +32,7 @@ def command(
     logits: Annotated[
         str, typer.Option("--logits", help="all positions, or the last one.")
     ] = "all",
+    op_level: Annotated[str, typer.Option("--op-level", help="auto, opset23 or opset24.")] = "auto",
     max_context: Annotated[
         int | None,
         typer.Option("--max-context", help="Longest sequence.", min=1, show_default=False),
@@ -58,6 +59,7 @@ def command(
             kv=kv or ("static" if for_trt else "concat"),
             logits=logits,
             max_context=max_context,
+            op_level=op_level,
         )
         for name in lowering.split(",")
     )

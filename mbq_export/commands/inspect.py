@@ -1,7 +1,7 @@
 """Show what a file or folder contains."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,11 +38,21 @@ def command(
     with console.progress("inspect") as progress:
         found = describe(path, verify=verify, layers=layers, progress=progress)
     console.text(f"{path}: {found.kind}")
+    width = max(map(len, found.facts), default=0)
     for name, value in found.facts.items():
-        console.text(f"  {name:<20} {'-' if value is None or value == [] else value}")
+        console.text(f"  {name:<{width}}  {_plain(value)}")
     for table in found.tables:
         console.text(f"\n{table.title}")
         console.table(table.header, table.rows if full or layers else table.rows[:SHOWN_ROWS])
         if len(table.rows) > SHOWN_ROWS and not (full or layers):
             console.text(f"... {len(table.rows) - SHOWN_ROWS} more, --all shows them")
     console.finish(found.as_json(), what=f"{path}  {found.kind}")
+
+
+def _plain(value: Any) -> str:
+    """Write a fact as words: nothing is -, lists and mappings are joined."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(part)}" for name, part in value.items()) or "-"
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "-"
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -13,6 +13,7 @@ from mbq_export.errors import UsageError
 from mbq_export.writing import explained, partial_path, refuse_inside
 
 STATE_FILE: Final = "state.json"
+MOST_THREADS: Final = 64
 DEFAULT_GROUP: Final = 128
 GLOBAL_FLAGS: Final = frozenset({"--json", "-q", "--quiet", "-v", "-vv", "--verbose", "--debug"})
 GLOBAL_VALUES: Final = frozenset({"--seed", "--progress"})
@@ -134,7 +135,19 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start again instead of res
 BundlePath = Annotated[Path, typer.Argument(help="A bundle made by build.", metavar="BUNDLE")]
 Backend = Annotated[str, typer.Option("--backend", help="ort, or torch for the reference.")]
 Lowering = Annotated[str, typer.Option("--lowering", help="qdq or reference.")]
-Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 takes all.", min=0)]
+
+
+def _sensible(threads: int) -> int:
+    """More threads than CPUs wait for each other; thousands of them take the machine down."""
+    cpus = os.cpu_count() or 1
+    if threads > max(cpus, MOST_THREADS):
+        raise typer.BadParameter(f"{threads} threads for {cpus} CPUs")
+    return threads
+
+
+Threads = Annotated[
+    int, typer.Option("--threads", help="CPU threads; 0 takes all.", min=0, callback=_sensible)
+]
 
 
 def switches(compat: str) -> dict[str, str]:
@@ -201,15 +214,18 @@ def models_folder() -> Path | None:
     return Path(named).expanduser() if named else None
 
 
-def numbers(text: str | None, option: str) -> tuple[int, ...]:
+def numbers(text: str | None, option: str, *, least: int) -> tuple[int, ...]:
     """Read a list such as ``16,64``.
 
     Raises:
-        BadParameter: If a part is no whole number.
+        BadParameter: If a part is no whole number, or too small.
     """
     try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
+        found = () if text is None else tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise typer.BadParameter(
-            f"{text!r} is no list of whole numbers", param_hint=option
+            f"{text!r} is no list of whole numbers such as 16,64", param_hint=option
         ) from error
+    if found and min(found) < least:
+        raise typer.BadParameter(f"{min(found)} is less than {least}", param_hint=option)
+    return found

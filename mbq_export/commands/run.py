@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,10 +10,13 @@ import typer
 
 from mbq_export.commands import options
 from mbq_export.commands.console import CONTROL, Console
-from mbq_export.errors import GateError, MbqError, UsageError
-from mbq_export.writing import explained
+from mbq_export.errors import FormatError, GateError, MbqError, UsageError
+from mbq_export.reading import contained, read_jsonl
+from mbq_export.writing import explained, write_file
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from mbq_export.runtime.sampling import Options
     from mbq_export.runtime.session import Session
     from mbq_export.runtime.stream import Generation
@@ -78,6 +81,7 @@ def command(
             fix=('--prompt "what is shown ?"', "--jsonl questions.jsonl -o answers.jsonl"),
         )
     from mbq_export.bundle import Bundle
+    from mbq_export.families.pictures import read_picture
     from mbq_export.runtime import open_session
     from mbq_export.runtime.sampling import Options
 
@@ -89,13 +93,14 @@ def command(
         stop=tuple(stop or ()),
     )
     opened = Bundle.open(bundle)
+    # Whatever can be wrong with the question is found before a model is loaded.
+    question = _text_of(prompt or ""), [read_picture(path) for path in image or ()]
+    batch = None if jsonl is None else _Batch.open(jsonl, out)
     with open_session(opened, backend=backend, lowering=lowering, threads=threads) as session:
-        if jsonl is not None:
-            _batch(console, session, jsonl, out, wanted)
+        if batch is not None:
+            _answer_batch(console, session, batch, wanted)
         else:
-            _single(
-                console, session, _text_of(prompt or ""), tuple(image or ()), wanted, stream=stream
-            )
+            _answer_one(console, session, question, wanted, stream=stream)
 
 
 def _text_of(prompt: str) -> str:
@@ -104,29 +109,27 @@ def _text_of(prompt: str) -> str:
         return sys.stdin.read()
     if not prompt.startswith("@"):
         return prompt
-    path = Path(prompt[1:])
-    if not path.is_file():
+    try:
+        return Path(prompt[1:]).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             "E2002",
-            f"--prompt {prompt} names no file.",
-            why="@ reads the prompt from a file",
+            f"--prompt {prompt} names no text file.",
+            why=f"@ reads the prompt from a file in UTF-8: {error.strerror if isinstance(error, OSError) else error.reason}",
             fix="--prompt @question.txt",
-        )
-    return path.read_text("utf-8")
+        ) from error
 
 
-def _single(
+def _answer_one(
     console: Console,
     session: "Session",
-    prompt: str,
-    paths: tuple[Path, ...],
+    question: tuple[str, list["Image"]],
     wanted: "Options",
     *,
     stream: bool,
 ) -> None:
-    from mbq_export.families.pictures import read_picture
-
-    going = session.stream(prompt, [read_picture(path) for path in paths], options=wanted)
+    prompt, pictures = question
+    going = session.stream(prompt, pictures, options=wanted)
     if stream and not console.as_json:
         for token in going:
             sys.stdout.write(_printable(token.text))
@@ -139,39 +142,61 @@ def _single(
     console.finish(_answer(done), what=f"{done.statistics.output_tokens} tokens, {done.reason}")
 
 
-def _batch(
-    console: Console, session: "Session", source: Path, out: Path | None, wanted: "Options"
-) -> None:
-    """One result line per input line, flushed; finished ids are not asked again."""
-    if out is None:
-        raise UsageError(
-            "E2002",
-            "--jsonl needs -o.",
-            why="results go to a file, one line each",
-            fix="-o answers.jsonl",
-        )
-    finished = {entry.get("id") for entry in _lines(out)} if out.exists() else set()
-    todo = [entry for entry in _lines(source) if entry.get("id") not in finished]
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Questions of a file, and where their answers go.
+
+    Attributes:
+        todo: Lines without an answer.
+        kept: How many have one from an earlier run.
+        folder: Pictures are named relative to it.
+        out: One result per line.
+    """
+
+    todo: list[dict[str, Any]]
+    kept: int
+    folder: Path
+    out: Path
+
+    @classmethod
+    def open(cls, source: Path, out: Path | None) -> "_Batch":
+        """Read the questions, and the results there are already; failed ones are asked again."""
+        if out is None:
+            raise UsageError(
+                "E2002",
+                "--jsonl needs -o.",
+                why="results go to a file, one line each",
+                fix="-o answers.jsonl",
+            )
+        lines = [{"id": number, **entry} for number, entry in read_jsonl(source)]
+        results = [entry for _, entry in read_jsonl(out)] if out.exists() else []
+        good = [entry for entry in results if "error" not in entry]
+        write_file(out, "".join(map(_line, good)).encode())
+        finished = {str(entry.get("id")) for entry in good}
+        todo = [entry for entry in lines if str(entry["id"]) not in finished]
+        return cls(todo=todo, kept=len(lines) - len(todo), folder=source.parent, out=out)
+
+
+def _answer_batch(console: Console, session: "Session", batch: _Batch, wanted: "Options") -> None:
+    """One result line per input line, written at once; finished ids are not asked again."""
     failed = 0
-    with explained(out):
-        out.touch()
     with console.progress("run") as progress:
-        for index, entry in enumerate(todo):
-            result = _answer_line(session, entry, source.parent, wanted)
+        for index, entry in enumerate(batch.todo):
+            result = _answer_line(session, entry, batch.folder, wanted)
             failed += "error" in result
-            with explained(out), out.open("a", encoding="utf-8") as sink:
-                sink.write(json.dumps(result, ensure_ascii=False) + "\n")
-            progress(index + 1, len(todo))
+            with explained(batch.out), batch.out.open("a", encoding="utf-8") as sink:
+                sink.write(_line(result))
+            progress(index + 1, len(batch.todo))
     if failed:
         raise GateError(
             "E1107",
-            f"{failed} of {len(todo)} lines failed.",
+            f"{failed} of {len(batch.todo)} lines failed.",
             why="each has an error object in the results",
-            fix=f"see {out}",
+            fix=f"see {batch.out}, mend the lines and run the same command again",
         )
     console.finish(
-        {"answered": len(todo), "kept": len(finished), "out": str(out)},
-        what=f"{len(todo)} answers in {out}",
+        {"answered": len(batch.todo), "kept": batch.kept, "out": str(batch.out)},
+        what=f"{len(batch.todo)} answers in {batch.out}",
     )
 
 
@@ -179,33 +204,36 @@ def _answer_line(
     session: "Session", entry: dict[str, Any], folder: Path, wanted: "Options"
 ) -> dict[str, Any]:
     from mbq_export.families.pictures import read_picture
-    from mbq_export.reading import contained
 
     try:
-        if not isinstance(entry.get("prompt"), str):
-            raise UsageError(
-                "E2002",
-                "The line has no prompt.",
-                why='{"id": ..., "prompt": ..., "images": [...]}',
-            )
-        images = [
-            read_picture(contained(folder, name, code="E4305")) for name in entry.get("images", [])
-        ]
+        prompt, names = _asked(entry)
+        images = [read_picture(contained(folder, name, code="E4305")) for name in names]
         return {
-            "id": entry.get("id"),
-            **_answer(session.generate(entry["prompt"], images, options=wanted)),
+            "id": entry["id"],
+            **_answer(session.generate(prompt, images, options=wanted)),
         }
     except MbqError as error:
         return {
-            "id": entry.get("id"),
+            "id": entry["id"],
             "error": {"code": f"MBQ-{error.code}", "message": error.message},
         }
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    from mbq_export.reading import read_jsonl
+def _asked(entry: dict[str, Any]) -> tuple[str, list[str]]:
+    prompt, images = entry.get("prompt"), entry.get("images", [])
+    images = [images] if isinstance(images, str) else images
+    named = isinstance(images, list) and all(isinstance(name, str) for name in images)
+    if not isinstance(prompt, str) or not named:
+        raise FormatError(
+            "E4303",
+            "The line has no prompt." if named else "The line's images are no list of paths.",
+            why='a line looks like {"id": "1", "prompt": "what is shown ?", "images": ["a.png"]}',
+        )
+    return prompt, images
 
-    return (entry for _, entry in read_jsonl(path))
+
+def _line(result: dict[str, Any]) -> str:
+    return json.dumps(result, ensure_ascii=False) + "\n"
 
 
 def _answer(done: "Generation") -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mbq_export.commands import options
-from mbq_export.commands.console import Console
+from mbq_export.commands.console import Console, counted
 
 ALL_TIERS = "structure,numeric,tokens,task"
 
@@ -93,4 +93,4 @@ def command(
     if error is not None:
         error.context["result"] = report.as_json()
         raise error
-    console.finish(report.as_json(), what=f"{bundle}  {len(report.checks)} checks")
+    console.finish(report.as_json(), what=f"{bundle}  {counted(report.checks, 'check')}")

@@ -94,7 +94,9 @@ def describe(
         "E4006",
         f"{path} {reason}.",
         why=f"known: a folder with {', '.join(_FOLDERS)}; a .safetensors or .onnx file",
-        fix="mbq-export inspect PATH",
+        fix="check the path"
+        if not path.exists()
+        else ("name one of the known kinds", "mbq-export report PATH shows results"),
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from mbq_export.backends import BACKENDS
 from mbq_export.backends.ort import check_packages, installed_packages
@@ -46,11 +46,11 @@ PACKAGES: Final = (
 USES: Final = {
     "build": ("python", "packages", "memory", "disk", "onnxruntime"),
     "build:rtx": ("python", "packages", "memory", "disk", "onnxruntime", "rtx"),
-    "validate": ("python", "packages", "memory", "onnxruntime"),
-    "run": ("python", "packages", "onnxruntime"),
-    "bench": ("python", "packages", "onnxruntime"),
+    "validate": ("python", "packages", "memory", "onnxruntime", "bundle"),
+    "run": ("python", "packages", "onnxruntime", "bundle"),
+    "bench": ("python", "packages", "onnxruntime", "bundle"),
 }
-"""Checks that a use needs; a failed one makes it impossible."""
+"""Checks that a use needs; a failed one makes it impossible. A bundle is checked only if one is named."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +129,19 @@ def demand(rows: list[Row], use: str) -> None:
         )
 
 
-def report_rows(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
-    """(check, found, needed, status, fix) for a table."""
-    return [(row.id, row.found, row.needed, row.status, row.fix) for row in rows]
+def report_rows(rows: Iterable[Row]) -> list[tuple[str, str, str]]:
+    """(check, status, found) for a table; what is needed is worth a line only where it is missing."""
+    return [(row.id, row.status, row.found) for row in rows]
+
+
+def advice(rows: Iterable[Row]) -> list[str]:
+    """What is needed and what to type, for each check that is not as it should be."""
+    return [
+        line
+        for row in rows
+        if row.status in {WARN, FAIL}
+        for line in ("", f"{row.status}  {row.id}: needed {row.needed}", f"  fix  {row.fix}")
+    ]
 
 
 def _python() -> Row:
@@ -214,7 +224,7 @@ def _disk(output: Path) -> Row:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    writable = os.access(place, os.W_OK)
+    writable = place.is_dir() and os.access(place, os.W_OK)
     good = free >= ENOUGH_DISK_BYTES and writable
     return Row(
         id="disk",

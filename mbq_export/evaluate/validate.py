@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
+from mbq_export.backends import BACKENDS
 from mbq_export.backends.torch import fake_quant_model
 from mbq_export.checkpoint import KEPT, QuantCheckpoint
 from mbq_export.errors import GateError, UsageError, located
@@ -110,6 +111,7 @@ def validate(
     """
     chosen = validation or Validation()
     _check_tiers(chosen.tiers)
+    BACKENDS[chosen.backend]  # refuses an unknown name before any work
     run = _Run(bundle=bundle, validation=chosen, progress=progress)
     for tier in TIERS:
         if tier in chosen.tiers:

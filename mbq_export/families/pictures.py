@@ -51,7 +51,7 @@ def read_picture(path: Path) -> "Image":
             "E4304",
             f"{path.name} cannot be decoded: {str(error).replace(str(path), path.name)}.",
             why=f"a picture is one of {', '.join(FORMATS)}",
-            fix=("replace the file", "--skip-bad N leaves out at most N bad samples"),
+            fix="replace the file",
         ) from error
 
 

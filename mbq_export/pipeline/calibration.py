@@ -35,7 +35,7 @@ def channel_scales(
         return ChannelScales(
             scales={}, sensitivity={}, calib={"switches": plan.switches.resolved()}
         )
-    inputs = encode(plan.data.samples, model.processor)
+    inputs = encode(plan.data.samples, model.processor, max_tokens=plan.text.max_positions)
     shares = token_shares(inputs)
     note(f"      data        {plan.data.name}, {len(inputs)} samples · {shares}")
     facts = {

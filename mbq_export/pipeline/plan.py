@@ -25,6 +25,7 @@ from mbq_export.pipeline.request import (
     BuildRequest,
     check_context,
     check_gate,
+    check_runtime,
     data_of,
     scheme_of,
     targets_of,
@@ -130,13 +131,14 @@ def make_plan(request: BuildRequest) -> Plan:
 
     Raises:
         UsageError: E2001, E2002, E2004, E2005, E2011, E2012, E2018.
-        MachineError: E3003 if an engine is required and its library is missing, E3014 for a model not here.
+        MachineError: E3003 without ONNX Runtime, or if an engine is required and its library is missing, E3014 for a model not here.
         FormatError: E40xx to E42xx for the model's files, E43xx for the data.
         ResourceError: E5002 or E5003 if disk or memory cannot suffice.
     """
     refuse_existing(request.out, record=request.record, force=request.force)
     scheme = scheme_of(request)
     check_gate(request)
+    check_runtime(request)
     source = locate(request.model, models=request.models)
     refuse_inside(request.out, source.folder)
     config = read_config(source.folder)

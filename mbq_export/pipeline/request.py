@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from mbq_export.backends import BACKENDS
 from mbq_export.backends.base import Backend
+from mbq_export.backends.ort import check_packages, installed_packages
 from mbq_export.bundle import MANIFEST
 from mbq_export.calibrate.data import CalibrationData, read_manifest
 from mbq_export.errors import MachineError, UsageError
@@ -126,6 +127,16 @@ def check_gate(request: BuildRequest) -> None:
             why="a bundle whose checks were overridden says why, in its manifest and every report",
             fix='--gate-reason "..."',
         )
+
+
+def check_runtime(request: BuildRequest) -> None:
+    """Refuse a build whose gates could not run.
+
+    Raises:
+        MachineError: E3003 without ONNX Runtime, E3008 with two of them.
+    """
+    if request.record == MANIFEST and request.gate != "off":
+        check_packages(installed_packages())
 
 
 def check_context(request: BuildRequest, text: TextShape, vision: VisionShape) -> None:

@@ -115,7 +115,7 @@ def groups_of(k: int, group_size: int) -> int:
             f"Group size {group_size} does not divide in_features {k}.",
             why=f"groups must be one of {', '.join(map(str, GROUP_SIZES))} and divide in_features",
             fix=tuple(f"--group-size {size}" for size in reversed(fits))
-            or "list this layer in --skip",
+            or "--wbits 16 keeps the model as it is",
         )
     return k // group_size
 

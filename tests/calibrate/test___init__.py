@@ -245,7 +245,7 @@ def test_data_without_answers_is_refused() -> None:
 
 
 def test_one_scored_token_is_too_few() -> None:
-    with pytest.raises(UsageError, match="--tokens 1 is too few") as caught:
+    with pytest.raises(UsageError, match="1 tokens per class are too few") as caught:
         calibrated(made=recipe(chosen={"tokens": 1}))
     assert caught.value.code == "E2001"
 

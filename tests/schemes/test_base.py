@@ -61,7 +61,7 @@ def test_an_unknown_group_size_is_refused_with_the_known_ones() -> None:
 def test_a_row_that_no_group_divides_can_be_skipped() -> None:
     with pytest.raises(UsageError) as caught:
         groups_of(33, 32)
-    assert caught.value.fix == ("list this layer in --skip",)
+    assert caught.value.fix == ("--wbits 16 keeps the model as it is",)
 
 
 BROKEN = {

@@ -1,6 +1,6 @@
 """Modality-balanced scales: absolute error, vision tokens weighed by r (MBQ, arXiv 2412.19509).
 
-As published, attention outputs are left alone under grouped-query attention (``--gqa-o-scale`` scales them).
+As published, attention outputs are left alone under grouped-query attention (the switch ``gqa_o_scale`` scales them).
 """
 
 from typing import Final
