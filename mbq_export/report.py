@@ -132,6 +132,8 @@ class Measurement:
             raise ValueError(f"{self.name} has neither a value nor a reason for having none")
         if self.value is not None and not math.isfinite(self.value):
             raise ValueError(f"{self.name} is {self.value}: say why it could not be measured")
+        if not all(map(math.isfinite, self.samples)):
+            raise ValueError(f"{self.name} has a sample that is not finite")
 
     @classmethod
     def of_samples(cls, name: str, samples: Sequence[Number], *, unit: str, why: str = "") -> Self:
@@ -362,31 +364,31 @@ def plain_json(value: Any) -> Any:
 
 def _measurement(entry: Mapping[str, Any]) -> Measurement:
     return Measurement(
-        name=entry["name"],
-        value=entry["value"],
-        unit=entry["unit"],
-        samples=tuple(entry["samples"]),
-        why=entry.get("value_why", ""),
+        name=str(entry["name"]),
+        value=_number(entry["value"]),
+        unit=str(entry["unit"]),
+        samples=tuple(map(float, entry["samples"])),
+        why=str(entry.get("value_why", "")),
     )
 
 
 def _check(entry: Mapping[str, Any]) -> Check:
     return Check(
-        name=entry["name"],
+        name=str(entry["name"]),
         ok=bool(entry["pass"]) if entry["run"] else None,
-        tier=entry["tier"],
+        tier=str(entry["tier"]),
         value=_number(entry["value"]),
         threshold=_number(entry["threshold"]),
-        modality=entry["modality"],
+        modality=str(entry["modality"]),
         worst=_number(entry["worst"]),
-        place=entry["place"],
-        why=entry["why"],
+        place=str(entry["place"]),
+        why=str(entry["why"]),
     )
 
 
-def _number(found: Number | str | None) -> float | None:
+def _number(found: Number | str | None) -> Number | None:
     """Undo `diagnostic`."""
-    return None if found is None else float(found)
+    return found if found is None or isinstance(found, int | float) else float(found)
 
 
 def _damaged(name: str, found: str) -> FormatError:

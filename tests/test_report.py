@@ -85,6 +85,8 @@ def test_a_measurement_needs_a_value_or_a_reason() -> None:
         Measurement(name="x", value=None)
     with pytest.raises(ValueError, match="x is nan"):
         Measurement(name="x", value=math.nan)
+    with pytest.raises(ValueError, match="x has a sample that is not finite"):
+        Measurement(name="x", value=1.0, samples=(1.0, math.inf))
     assert Measurement.of_samples("x", [], unit="ms", why="nothing ran").entry() == {
         "x_ms": None,
         "x_ms_why": "nothing ran",
@@ -152,6 +154,15 @@ def test_a_file_that_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(FormatError, match=r"strange.json is not a result of ours") as caught:
         Report.read(path)
+    assert caught.value.code == "E4805"
+
+
+@pytest.mark.parametrize("samples", [["fast"], [[1]], [1e999], 7, None], ids=str)
+def test_samples_that_are_no_numbers_make_a_damaged_result(samples: object) -> None:
+    found = report().as_json()
+    found["measurements"][0]["samples"] = samples
+    with pytest.raises(FormatError) as caught:
+        Report.from_json(found)
     assert caught.value.code == "E4805"
 
 

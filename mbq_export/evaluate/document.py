@@ -43,6 +43,12 @@ class Table:
     rows: tuple[tuple[str | Cell, ...], ...]
     caption: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse a row that does not fit the header (ValueError)."""
+        for row in self.rows:
+            if len(row) != len(self.header):
+                raise ValueError(f"{len(row)} cells under {len(self.header)} columns: {row}")
+
     @property
     def numeric(self) -> frozenset[int]:
         """Columns of numbers, which are set to the right."""

@@ -1,11 +1,13 @@
 """Looking into parsed JSON whose shape nobody promises: what is not there, or is something else, is nothing."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, Final
 
 NOT_FINITE: Final = ("nan", "inf", "-inf")
 """How results spell what JSON has no number for."""
+
+LARGEST: Final = 1e100
+"""What is beyond is no measurement, and its square overflows."""
 
 
 def dig(value: Any, *keys: str | int) -> Any:
@@ -36,10 +38,10 @@ def entries(value: Any) -> Mapping[str, Any]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else."""
+    """A finite number of sensible size, or None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if abs(value) < LARGEST else None
 
 
 def finding(value: Any) -> float | None:

@@ -123,7 +123,12 @@ def _bar(bar: Bar, scale: Scale, colours: Mapping[str, str], *, y: float, unit: 
 
 
 def intervals(
-    title: str, ranges: Sequence[Range], *, unit: str, reference: float | None = None
+    title: str,
+    ranges: Sequence[Range],
+    *,
+    unit: str,
+    reference: float | None = None,
+    log: bool = False,
 ) -> Drawing:
     """Draw values with their intervals, one below the other.
 
@@ -132,12 +137,14 @@ def intervals(
         ranges: From top to bottom.
         unit: Of the values.
         reference: A value to compare with, drawn as a line; None draws none.
+        log: For ratios: half and double are equally far from one. All values are positive then.
     """
     left, top, step = 150.0, 6.0, 21.0
     bottom = top + step * len(ranges)
     ends = [end for r in ranges for end in (r.low, r.high, r.value)]
-    low, high = span_of([*ends, *([] if reference is None else [reference])])
-    scale = Scale(low=low, high=high, start=left, end=WIDTH - 12.0)
+    ends += [] if reference is None else [reference]
+    low, high = (min(ends) / 1.2, max(ends) * 1.2) if log else span_of(ends)
+    scale = Scale(low=low, high=high, start=left, end=WIDTH - 12.0, log=log)
     shown = _bottom_axis(scale, top=top, bottom=bottom, title=unit)
     if reference is not None:
         x = scale(reference)

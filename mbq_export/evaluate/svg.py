@@ -88,23 +88,35 @@ class Scale:
     """From values to places along an axis.
 
     Attributes:
-        low: Value at ``start``.
+        low: Value at ``start``; positive on a logarithmic axis.
         high: Value at ``end``, more than ``low``.
         start: Place of ``low``.
         end: Place of ``high``.
+        log: Equal ratios, not differences, are equally far apart.
     """
 
     low: float
     high: float
     start: float
     end: float
+    log: bool = False
 
     def __call__(self, value: float) -> float:
         """Return the place of a value."""
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+        low, high, at = (
+            (math.log(v) for v in (self.low, self.high, value))
+            if self.log
+            else (self.low, self.high, value)
+        )
+        return self.start + (at - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, most: int = 5) -> list[float]:
-        """Return round values within the scale, at most ``most + 1`` of them."""
+        """Return round values within the scale, about ``most`` of them."""
+        if self.log:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            round_ones = [step * 10.0**power for power in powers for step in (1, 2, 5)]
+            inside = [value for value in round_ones if self.low <= value <= self.high]
+            return inside[:: math.ceil(len(inside) / most)] if inside else [self.low]
         span = self.high - self.low
         unit = 10.0 ** math.floor(math.log10(span / most))
         step = next(unit * step for step in STEPS if span / (unit * step) <= most)

@@ -51,7 +51,7 @@ def size(value: Any) -> str:
     power = 0
     while abs(amount) >= KILO and power < len(UNITS) - 1:
         amount, power = amount / KILO, power + 1
-    return f"{amount:.3g} {UNITS[power]}"
+    return f"{plain(amount)} {UNITS[power]}"
 
 
 def percent(value: Any) -> str:

@@ -4,8 +4,8 @@ Times of different runs, machines or models are shown side by side and never div
 difference between bundles would be one between days.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from mbq_export.evaluate.document import (
     BAD,
@@ -24,7 +24,20 @@ from mbq_export.evaluate.lookup import dig, items, number, words
 from mbq_export.evaluate.plots import Range, intervals
 from mbq_export.evaluate.wording import figure
 
-OTHER_MODEL = "other model"
+OTHER_MODEL: Final = "other model"
+ENDS: Final = ("ratio", "ratio_p10", "ratio_p90")
+HEADER: Final = (
+    "bundle",
+    "figure",
+    "speedup",
+    "beyond noise",
+    "p10",
+    "p90",
+    "p50 ms",
+    "baseline",
+    "its p50 ms",
+    "workload",
+)
 
 
 def section(found: Found) -> Section:
@@ -52,37 +65,34 @@ def _result(result: Result, found: Found) -> list[Block]:
         words(run.get("name")): dig(run, "bundle", "sha256") for run in items(details.get("runs"))
     }
     rows: list[tuple[str | Cell, ...]] = []
-    ranges = []
+    ranges: dict[str, list[Range]] = {}
     for row in items(details.get("comparison")):
-        name = f"{words(row.get('bundle'))} {words(row.get('figure'))} {words(row.get('workload'))}"
-        ratio, low, high = (number(row.get(key)) for key in ("ratio", "ratio_p10", "ratio_p90"))
         comparable = same_model(row, hashes, found)
-        ends = (ratio, low, high) if comparable else (None, None, None)
+        ends = tuple(number(row.get(key)) if comparable else None for key in ENDS)
         rows.append(_row(row, ends, comparable=comparable))
-        if comparable and ratio is not None and low is not None and high is not None:
-            ranges.append(Range(label=name, value=ratio, low=low, high=high))
+        value, low, high = ends
+        if value is not None and low is not None and high is not None and low > 0:
+            name = f"{words(row.get('bundle'))} {words(row.get('figure'))}"
+            shown = Range(label=name, value=value, low=low, high=high)
+            ranges.setdefault(words(row.get("workload")), []).append(shown)
     if not rows:
         return []
-    header = (
-        "workload",
-        "figure",
-        "bundle",
-        "p50 ms",
-        "baseline",
-        "p50 ms",
-        "speedup",
-        "p10",
-        "p90",
-    )
-    numbers = table((*header, "beyond noise"), rows, caption=f"Ratios in {result.name}")
-    if not ranges:
-        return [numbers]
-    title = f"Speedup over {words(dig(items(details.get('comparison')), 0, 'baseline'))}"
-    drawn = intervals(title, ranges, unit="times as fast", reference=1.0)
+    baseline = words(dig(items(details.get("comparison")), 0, "baseline"))
+    caption = f"Times and ratios in {result.name}"
+    noisy = Note(text=f"The timings of {result.name} are noisy.", tone=UNSURE)
+    return [
+        *(() if result.report.valid else (noisy,)),
+        *(_figure(f"Speedup over {baseline}, {name}", own) for name, own in ranges.items()),
+        table(HEADER, rows, caption=caption),
+    ]
+
+
+def _figure(title: str, ranges: Sequence[Range]) -> Figure:
+    drawn = intervals(title, ranges, unit="times as fast", reference=1.0, log=True)
     note = (
         "Median over turns of the baseline's time through the bundle's; lines hold 80 % of turns."
     )
-    return [Figure(title=title, drawing=drawn, note=note), numbers]
+    return Figure(title=title, drawing=drawn, note=note)
 
 
 def same_model(row: Mapping[str, Any], hashes: Mapping[str, Any], found: Found) -> bool:
@@ -93,7 +103,7 @@ def same_model(row: Mapping[str, Any], hashes: Mapping[str, Any], found: Found) 
 
 def _row(
     row: Mapping[str, Any],
-    ends: tuple[float | None, float | None, float | None],
+    ends: tuple[float | None, ...],
     *,
     comparable: bool,
 ) -> tuple[str | Cell, ...]:

@@ -1,14 +1,24 @@
 """Compiled engines: what they hold, what was checked in their layer tables, and whether they ever ran."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, Final
 
 from mbq_export.evaluate.document import BAD, GOOD, UNSURE, Block, Cell, Missing, Section, table
 from mbq_export.evaluate.gathering import BuiltEngines, Found
 from mbq_export.evaluate.lookup import dig, entries, items, words
-from mbq_export.evaluate.wording import size
+from mbq_export.evaluate.wording import figure, size
 
-INT4 = "Int4"
+INT4: Final = "Int4"
+MEANINGS: Final = {
+    "engine.A2": "quantized linears without Int4 constants",
+    "engine.A3": "weights dequantized to memory",
+    "engine.A5": "float constants as large as weights",
+    "engine.A6.attention": "fused attention kernels",
+    "engine.A6.cache": "cache tensors updated in place",
+    "engine.A7": "constants' bytes off the exporter's count, share",
+    "engine.A8": "inputs, outputs and profiles unlike the graph's",
+}
+"""What the checks of a layer table count."""
 
 
 def section(found: Found) -> Section:
@@ -20,13 +30,13 @@ def section(found: Found) -> Section:
             checks += _checks(subject.name, built)
     blocks: list[Block] = []
     if rows:
-        header = ("bundle", "engine", "built by", "devices", "size", "layers", "Int4 constants")
-        blocks.append(table((*header, "verified"), rows, caption="Engines"))
+        header = ("engine", "verified", "built by", "devices", "size", "layers", "Int4 constants")
+        blocks.append(table(header, rows, caption="Engines"))
     else:
         why = "no bundle holds one: mbq-export build --target rtx4090:rtx"
         blocks.append(Missing(what="Engines", why=why))
     if checks:
-        header = ("bundle", "engine", "check", "value", "limit", "verdict", "why")
+        header = ("check", "verdict", "engine", "value", "limit", "why")
         blocks.append(table(header, checks, caption="Checks of the layer tables"))
     return Section(key="engines", title="Engines", blocks=tuple(blocks))
 
@@ -37,14 +47,13 @@ def _rows(name: str, built: BuiltEngines) -> list[tuple[str | Cell, ...]]:
     reason = words(record.get("why")) or "no reason was recorded"
     return [
         (
-            name,
-            f"{built.folder}/{engine}",
+            f"{name} {built.folder}/{engine}",
+            Cell(text="yes", tone=GOOD) if verified else Cell(text=f"no: {reason}", tone=UNSURE),
             " ".join(words(record.get(key)) for key in ("flavour", "version")),
             words(record.get("sm")),
             size(dig(facts, "bytes")),
             words(dig(facts, "layers")),
             str(constants(built.layers, engine)[INT4]),
-            Cell(text="yes", tone=GOOD) if verified else Cell(text=f"no: {reason}", tone=UNSURE),
         )
         for engine, facts in entries(record.get("engines")).items()
     ]
@@ -54,9 +63,11 @@ def constants(layers: Any, engine: str) -> Counter[str]:
     """Count the constants of an engine by type, each once though several layers read it."""
     found: dict[str, str] = {}
     for row in items(dig(layers, "engines", engine, "layers")):
-        for constant in row.get("const") or []:
-            if isinstance(constant, list) and len(constant) >= 2:
-                found[words(constant[0])] = words(constant[1])
+        held = row.get("const")
+        for constant in held if isinstance(held, list) else []:
+            name, kind = dig(constant, 0), dig(constant, 1)
+            if isinstance(name, str) and isinstance(kind, str):
+                found[name] = kind
     return Counter(found.values())
 
 
@@ -68,14 +79,13 @@ def _checks(name: str, built: BuiltEngines) -> list[tuple[str | Cell, ...]]:
             verdict = Cell(text="pass", tone=GOOD) if passed else Cell(text="FAIL", tone=BAD)
             if check.get("run") is False:
                 verdict = Cell(text="not run", tone=UNSURE)
-            values = (words(check.get(key)) for key in ("value", "threshold"))
+            checked = words(check.get("name"))
             rows.append(
                 (
-                    name,
-                    f"{built.folder}/{engine}",
-                    words(check.get("name")),
-                    *values,
+                    MEANINGS.get(checked, checked),
                     verdict,
+                    f"{name} {built.folder}/{engine}",
+                    *(figure(check.get(key)) for key in ("value", "threshold")),
                     words(check.get("why")),
                 )
             )

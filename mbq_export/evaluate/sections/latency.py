@@ -26,6 +26,10 @@ from mbq_export.report import Measurement, Statistics
 HINT: Final = "mbq-export bench BUNDLE -o DIR"
 ONCE: Final = ("preprocess", "vit", "merge", "prefill")
 PERCENTILES: Final = tuple(range(0, 101, 2))
+MEANING: Final = (
+    "vit: vision encoder and projector; tpot: a request's mean gap between tokens; itl: single gaps; "
+    "ttft: time to the first token. p99 needs 100 samples."
+)
 SHOWN: Final = ("vit", "prefill", "decode", "tpot", "itl", "ttft", "e2e")
 
 
@@ -63,6 +67,7 @@ def _result(result: Result) -> list[Block]:
         _percentiles(samples),
         *_first_token(runs),
         _table(samples, runs),
+        Note(text=MEANING),
     ]
 
 
@@ -79,7 +84,7 @@ def _phases(runs: Sequence[Mapping[str, Any]]) -> Block:
             for name in ONCE
             if (value := number(dig(run, "phases", name, "p50_ms"))) is not None
         }
-        step = number(dig(run, "phases", "decode", "p50_ms"))
+        step = number(dig(run, "tpot_ms", "p50_ms"))
         tokens = number(dig(run, "workload", "output_tokens")) or 1.0
         if step is not None:
             parts["decode"] = step * (tokens - 1)
@@ -94,7 +99,7 @@ def _phases(runs: Sequence[Mapping[str, Any]]) -> Block:
         title=title,
         drawing=stacked_bars(title, bars, unit="ms"),
         numbers=table(("run", *(f"{n} ms" for n in (*ONCE, "decode")), "sum ms"), rows),
-        note="Medians; decode is the median step times the steps after the first token.",
+        note="Medians; decode is the median gap between tokens times the tokens after the first.",
     )
 
 
@@ -176,5 +181,4 @@ def _table(samples: Samples, runs: Sequence[Mapping[str, Any]]) -> Table:
                 )
             )
     header = ("bundle", "workload", "figure", "p10 ms", "p50", "p90", "p95", "p99", "CoV %", "n")
-    caption = "Times; vit: vision encoder, tpot: a request's mean gap, itl: single gaps; p99 needs 100 samples"
-    return table((*header, "tokens/s"), rows, caption=caption)
+    return table((*header, "tokens/s"), rows, caption="Times")

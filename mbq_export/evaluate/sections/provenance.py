@@ -57,7 +57,7 @@ FACTS: dict[str, Fact] = {
     "model weights": lambda s: ", ".join(
         map(short_hash, entries(dig(s.manifest, "source", "shards")).values())
     ),
-    "numbers": scheme_of,
+    "number format": scheme_of,
     "calibration data": lambda s: short_hash(dig(s.manifest, "calibration", "sha256")),
     "calibration samples": lambda s: words(dig(s.manifest, "calibration", "samples")),
     "seed": lambda s: words(dig(s.manifest, "seed")),

@@ -88,7 +88,7 @@ def _bits(linears: Sequence[Mapping[str, Any]]) -> Table:
             )
         )
     return table(
-        ("linear", "count", "weights", "numbers", "bits per weight", "bytes"),
+        ("linear", "count", "weights", "format", "bits per weight", "bytes"),
         rows,
         caption="What is quantized; bits include scales and zero points",
     )
@@ -156,7 +156,7 @@ def _ratio_figure(layers: Sequence[Mapping[str, Any]], modality: str) -> Figure:
             if low is not None and high is not None:
                 band.append((index, low, high))
         curves.append(Line(label=half, points=points, band=band))
-    title = f"Gradient of {modality} tokens, answer tokens = 1"
+    title = f"Gradient of {modality} tokens, relative to answers"
     return Figure(
         title=title,
         drawing=lines(title, curves, x_title="layer", y_title="ratio"),
@@ -177,7 +177,9 @@ def _exponents(subject: Subject) -> Block:
     if not any(value is not None for value in found.values()):
         return Missing(what="Exponents", why="the method searches no scales")
     title = "Exponent of the channel scales"
-    return _by_layer(title, found, log=False, note="0 leaves a unit as it is.")
+    return _by_layer(
+        title, found, log=False, note="0 leaves a unit as it is; empty cells were not searched."
+    )
 
 
 def _errors(linears: Iterable[Mapping[str, Any]]) -> Block:

@@ -1,6 +1,6 @@
 """What it costs: bytes per token against the memory's bandwidth, memory, disk, energy."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from mbq_export.evaluate.document import Block, Figure, Missing, Section, table
@@ -21,33 +21,45 @@ MEGA: Final = 1e6
 
 def roofline(found: Found) -> Section:
     """Compare speeds with what reading the weights alone would allow."""
-    bars, rows, missing = [], [], []
+    shares, amounts, rows, missing = [], [], [], []
     for run in _runs(found):
         for counting, meaning in COUNTINGS.items():
             roof = dig(run, "roofline", counting)
-            share = number(dig(roof, "percent"))
+            share, step = (number(dig(roof, key)) for key in ("percent", "bytes_per_token"))
             name = f"{name_of(run)}, {meaning}"
-            if share is None:
+            if share is None or step is None:
                 why = dig(roof, "percent_why") or dig(run, "roofline", f"{counting}_why")
                 missing.append(Missing(what=name, why=words(why) or "not recorded"))
                 continue
-            bars.append(Bar(label=name, parts={"share": share}, note=f"{share:.3g} %"))
+            shares.append(Bar(label=name, parts={"share": share}, note=f"{share:.3g} %"))
+            amounts.append(Bar(label=name, parts={"bytes": step / MEGA}, note=size(step)))
             rows.append(_roof_row(run, counting, roof))
-    title = "Share of the roofline"
-    blocks: list[Block] = []
-    if bars:
-        header = ("run", "counting", "bytes per token", "memory GB/s", "from cache GB/s")
-        blocks.append(
-            Figure(
-                title=title,
-                drawing=stacked_bars(title, bars, unit="%"),
-                numbers=table((*header, "ideal tokens/s", "measured tokens/s", "share %"), rows),
-                note="100 % is a decode step that only reads; above it the weights came from a cache.",
-            )
-        )
-    elif not missing:
-        blocks.append(Missing(what="Roofline", why=f"no benchmark was given: {HINT}"))
+    blocks = _roof_figures(shares, amounts, rows)
+    if not blocks and not missing:
+        missing.append(Missing(what="Roofline", why=f"no benchmark was given: {HINT}"))
     return Section(key="roofline", title="Roofline", blocks=(*blocks, *missing))
+
+
+def _roof_figures(
+    shares: Sequence[Bar], amounts: Sequence[Bar], rows: Sequence[tuple[str, ...]]
+) -> list[Block]:
+    if not rows:
+        return []
+    title, read = "Share of the roofline", "Bytes read per token"
+    header = ("run", "counting", "bytes per token", "memory GB/s", "from cache GB/s")
+    return [
+        Figure(
+            title=title,
+            drawing=stacked_bars(title, shares, unit="%"),
+            numbers=table((*header, "ideal tokens/s", "measured tokens/s", "share %"), rows),
+            note="100 % is a decode step that only reads; above it the weights came from a cache.",
+        ),
+        Figure(
+            title=read,
+            drawing=stacked_bars(read, amounts, unit="MB"),
+            note="Weights, one row of the embedding, and keys and values at the mean context.",
+        ),
+    ]
 
 
 def _roof_row(run: Mapping[str, Any], counting: str, roof: Any) -> tuple[str, ...]:

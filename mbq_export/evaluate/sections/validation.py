@@ -32,6 +32,7 @@ VERDICTS: Final = {
 STREAM_GATE: Final = "parity.relative_error"
 LINEAR_GATE: Final = "parity.linear"
 NAMES: Final = {"inputs_embeds": "in", "norm.out": "norm", "logits": "logits"}
+MODALITIES: Final = ("", "vision", "prompt", "answer")
 HINT: Final = "mbq-export validate BUNDLE -o DIR"
 
 
@@ -73,22 +74,37 @@ def _first_bad(report: Report) -> Block:
 
 
 def _gates(checks: Sequence[Check]) -> Block:
-    if not checks:
+    """One row per gate, its modalities side by side."""
+    groups: dict[tuple[str, str], list[Check]] = {}
+    for check in checks:
+        groups.setdefault((check.tier, check.name), []).append(check)
+    if not groups:
         return Missing(what="Gates", why="the result holds no checks")
-    rows = [
-        (
-            check.name,
-            VERDICTS[check.ok],
-            check.modality,
-            shown(check.value),
-            shown(check.threshold),
-            check.tier,
-            check.place if check.ok else check.why or check.place,
-        )
+    rows = [(name, *_gate(own), tier, _reasons(own)) for (tier, name), own in groups.items()]
+    header = ("gate", "verdict", "limit", *(kind or "all" for kind in MODALITIES), "tier", "why")
+    told = any(row[-1] for row in rows)
+    return table(
+        header if told else header[:-1],
+        rows if told else [row[:-1] for row in rows],
+        caption="Gates",
+    )
+
+
+def _gate(checks: Sequence[Check]) -> tuple[str | Cell, ...]:
+    """Verdict, limit, and the value per modality."""
+    answers = {check.ok for check in checks}
+    verdict = VERDICTS[False if False in answers else None if None in answers else True]
+    values = {check.modality: shown(check.value) for check in checks}
+    return verdict, shown(checks[0].threshold), *(values.get(kind, "") for kind in MODALITIES)
+
+
+def _reasons(checks: Sequence[Check]) -> str:
+    """Where and why gates failed or were not run."""
+    return "; ".join(
+        " ".join(filter(None, [check.modality, check.place, check.why]))
         for check in checks
-    ]
-    header = ("gate", "verdict", "modality", "value", "limit", "tier", "where, or why")
-    return table(header, rows, caption="Gates")
+        if not check.ok
+    )
 
 
 def _limit(report: Report, name: str) -> float | None:
@@ -163,7 +179,7 @@ def _measurements(report: Report) -> list[Block]:
         )
         for m in report.measurements
     ]
-    return [table(("measured", "value"), rows, caption="Beside the gates")] if rows else []
+    return [table(("measured", "value"), rows, caption="Other measurements")] if rows else []
 
 
 def shown(value: float | None, digits: int = 4) -> str:

@@ -138,9 +138,9 @@ def _engines(subject: Subject) -> list[Note]:
     for built in subject.engines:
         verified = dig(built.record, "verified") is True
         reason = words(dig(built.record, "why")) or "no reason was recorded"
-        ran = "ran on the device" if verified else f"not verified on a device: {reason}"
+        ran = "verified on a device" if verified else f"not verified: {reason}"
         notes.append(
-            Note(text=f"Engine {built.folder}: {ran}", tone=NEUTRAL if verified else UNSURE)
+            Note(text=f"Engine {built.folder} {ran}", tone=NEUTRAL if verified else UNSURE)
         )
     skipped = entries(subject.manifest.get("skipped_engines"))
     return notes + [

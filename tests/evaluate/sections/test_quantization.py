@@ -1,0 +1,103 @@
+"""Bits, token shares, gradient ratios, exponents and errors, from records with round numbers."""
+
+from pathlib import Path
+
+import pytest
+
+from mbq_export.evaluate.document import Figure, Heading, Missing, Note, Section, Table
+from mbq_export.evaluate.gathering import gather
+from mbq_export.evaluate.sections.quantization import bits_per_weight, layer_and_linear, section
+from tests.evaluate.reported import bundle_folder
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Section:
+    return section(gather([bundle_folder(tmp_path / "w3")]))
+
+
+def figure(found: Section, title: str) -> Figure:
+    return next(b for b in found.blocks if isinstance(b, Figure) and b.title.startswith(title))
+
+
+def numbers(found: Section, title: str) -> tuple[tuple[object, ...], ...]:
+    table = figure(found, title).numbers
+    assert table is not None
+    return table.rows
+
+
+def test_bits_count_scales_and_zero_points(found: Section) -> None:
+    bits, kept = (block for block in found.blocks if isinstance(block, Table))
+    # 3 bits, and 16 + 4 bits of scale and packed zero point, or 16 + 8, per 128 weights.
+    per_weight = bits_per_weight("w3a16", "128")
+    assert per_weight is not None
+    assert 3.125 < per_weight < 3.2
+    first = bits.rows[0]
+    assert first[:4] == ("self_attn.o_proj", "3", "49,152", "w3a16 g128")
+    assert float(str(first[4])) == pytest.approx(per_weight, abs=1e-3)
+    assert kept.rows == (("model.vision_tower.*", "40", "policy"),)
+
+
+def test_token_shares_sum_to_all(found: Section) -> None:
+    assert numbers(found, "Tokens") == (
+        ("vision", "750", "75.0 %"),
+        ("prompt", "150", "15.0 %"),
+        ("answer", "100", "10.0 %"),
+    )
+
+
+@pytest.mark.parametrize(("modality", "ratio"), [("vision", "0.1"), ("prompt", "0.5")])
+def test_gradient_ratios_have_a_point_per_layer_and_half(
+    found: Section, modality: str, ratio: str
+) -> None:
+    rows = numbers(found, f"Gradient of {modality}")
+    assert [row[:2] for row in rows] == [
+        (str(layer), half) for half in ("attention", "MLP") for layer in range(3)
+    ]
+    assert {row[2] for row in rows} == {ratio}
+
+
+def test_exponents_are_shown_per_unit_and_layer(found: Section) -> None:
+    assert numbers(found, "Exponent")[0] == ("qkv", "0", "0.05", "0.1")
+
+
+def test_errors_are_shown_per_linear_and_layer(found: Section) -> None:
+    assert numbers(found, "Relative error") == (
+        ("o_proj", "0.1", "0.1", "0.1"),
+        ("down_proj", "0.2", "0.2", "0.2"),
+    )
+
+
+def test_the_baseline_is_not_quantized_and_not_a_gap(tmp_path: Path) -> None:
+    folder = bundle_folder(tmp_path / "fp", layers=0, facts={"quant": {"scheme": {"name": "none"}}})
+    other = bundle_folder(tmp_path / "w3")
+    blocks = section(gather([folder, other])).blocks
+    assert blocks[:2] == (
+        Heading(text="fp"),
+        Note(text="Not quantized: the full-precision baseline."),
+    )
+
+
+def test_parts_that_a_method_does_not_need_are_said_to_be_missing(tmp_path: Path) -> None:
+    folder = bundle_folder(tmp_path / "rtn", engines=False)
+    for name in ("calib", "sensitivity"):
+        path = folder / "calibration" / f"{name}.json"
+        path.write_text("{}".ljust(path.stat().st_size))
+    found = section(gather([folder]))
+    missing = [block.what for block in found.blocks if isinstance(block, Missing)]
+    assert missing == ["Token shares", "Gradient ratios", "Exponents"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("model.language_model.layers.12.mlp.up_proj", (12, "mlp.up_proj")),
+        ("lm_head", (-1, "lm_head")),
+    ],
+)
+def test_module_paths_are_split_at_the_layer(name: str, split: tuple[int, str]) -> None:
+    assert layer_and_linear(name) == split
+
+
+@pytest.mark.parametrize(("scheme", "group"), [("w9", "128"), ("w3a16", "0"), ("w3a16", "x")])
+def test_unknown_formats_have_no_bits(scheme: str, group: str) -> None:
+    assert bits_per_weight(scheme, group) is None
