@@ -31,9 +31,10 @@ def graphs() -> Iterator[dict[str, Path]]:
     def fail(*_: object) -> PackedWeight:
         raise AssertionError("a packed linear was read")
 
-    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(QuantCheckpoint, "packed", fail)
-        traced = vision_graph(checkpoint, family=decoders.FAMILY, profile=OPSET23)
+    with TemporaryDirectory() as folder:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(QuantCheckpoint, "packed", fail)
+            traced = vision_graph(checkpoint, family=decoders.FAMILY, profile=OPSET23)
         paths = {dtype: Path(folder) / f"{dtype}.onnx" for dtype in ("fp32", "fp16")}
         save_graph(traced, paths["fp32"])
         halve(traced)
