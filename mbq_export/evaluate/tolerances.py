@@ -5,7 +5,7 @@ Two questions, never one number:
     parity    does this graph compute what the checkpoint's codes, scales and zero points say?     tight
     quality   how far is the quantized model from the full-precision one?                          loose
 
-Defaults of the gates: the table "Gate maths" of the command-line reference. Tests import from here, so a
+Initial values are judgement, to be tightened with data. Tests import from here, so a
 limit cannot drift apart from the gate it guards.
 """
 
