@@ -175,7 +175,8 @@ def sentences(pairs: Sequence[Document]) -> Iterator[str]:
             groups.setdefault(name, []).append(pair)
     yield (
         "A difference is stated only if it has the same sign in every draw and every paired 95 % interval "
-        "excludes zero.\n"
+        "excludes zero. The draws share one exam and every line below is a look of its own, so a single small "
+        "difference among many lines may still be chance.\n"
     )
     for (variant, group, first, second), own in groups.items():
         found = [
