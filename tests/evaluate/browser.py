@@ -73,12 +73,12 @@ class Tab:
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         return found["result"].get("value")
 
-    def screenshot(self, path: Path, *, height: int | None = None) -> None:
-        """Write the page as it looks, from the top down to ``height``, or all of it."""
-        width, whole = self.value(WHOLE)
-        clip = {"x": 0, "y": 0, "width": width, "height": height or whole, "scale": 1}
+    def screenshot(self) -> bytes:
+        """Return a PNG of the whole page."""
+        width, height = self.value(WHOLE)
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
         shot = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
+        return base64.b64decode(shot["data"])
 
     def pdf(self) -> bytes:
         """Print the page on paper."""

@@ -18,7 +18,7 @@ from mbq_export.evaluate.document import (
     table,
 )
 from mbq_export.evaluate.gathering import BENCH, Found, Result
-from mbq_export.evaluate.lookup import dig, items, number, texts, words
+from mbq_export.evaluate.lookup import dig, items, number, words
 from mbq_export.evaluate.plots import Bar, Line, lines, stacked_bars
 from mbq_export.evaluate.wording import figure
 from mbq_export.report import Measurement, Statistics
@@ -54,11 +54,10 @@ def _result(result: Result) -> list[Block]:
     turns = words(dig(report.details, "protocol", "repetitions"))
     warm = words(dig(report.details, "protocol", "warmup"))
     protocol = f"{turns} requests each after {warm} to warm up, bundles in turn, greedy, medians."
-    reasons = texts(dig(report.details, "noise", "reasons")) or ["no reason was recorded"]
     noise = (
         Note(text=f"Valid. {protocol}", tone=GOOD)
         if report.valid
-        else Note(text=f"Noisy: {words(reasons)}. {protocol}", tone=UNSURE)
+        else Note(text=f"Noisy, for the reasons below. {protocol}", tone=UNSURE)
     )
     samples = _samples(report.measurements)
     return [
@@ -77,30 +76,33 @@ def name_of(run: Mapping[str, Any], *, behind: str = ", ") -> str:
 
 
 def _phases(runs: Sequence[Mapping[str, Any]]) -> Block:
-    bars, rows = [], []
-    for run in runs:
-        parts = {
-            name: value
-            for name in ONCE
-            if (value := number(dig(run, "phases", name, "p50_ms"))) is not None
-        }
-        step = number(dig(run, "tpot_ms", "p50_ms"))
-        tokens = number(dig(run, "workload", "output_tokens")) or 1.0
-        if step is not None:
-            parts["decode"] = step * (tokens - 1)
-        if parts:
-            bars.append(Bar(label=name_of(run), parts=parts))
-            values = (figure(parts.get(name)) for name in (*ONCE, "decode"))
-            rows.append((name_of(run), *values, figure(sum(parts.values()))))
+    found = [(name_of(run), _parts(run)) for run in runs]
+    names = [name for name in (*ONCE, "decode") if any(parts.get(name) for _, parts in found)]
     title = "Where the time of a request goes"
-    if not bars:
+    if not names:
         return Missing(what=title, why="the runs hold no phases")
+    bars = [
+        Bar(label=run, parts={name: parts.get(name, 0.0) for name in names}) for run, parts in found
+    ]
+    rows = [
+        (run, *(figure(parts.get(name)) for name in names), figure(sum(parts.values())))
+        for run, parts in found
+    ]
     return Figure(
         title=title,
         drawing=stacked_bars(title, bars, unit="ms"),
-        numbers=table(("run", *(f"{n} ms" for n in (*ONCE, "decode")), "sum ms"), rows),
+        numbers=table(("run", *(f"{name} ms" for name in names), "sum ms"), rows),
         note="Medians; decode is the median gap between tokens times the tokens after the first.",
     )
+
+
+def _parts(run: Mapping[str, Any]) -> dict[str, float]:
+    """Phases of a request that were measured, in ms."""
+    once = {name: number(dig(run, "phases", name, "p50_ms")) for name in ONCE}
+    gap = number(dig(run, "tpot_ms", "p50_ms"))
+    tokens = number(dig(run, "workload", "output_tokens")) or 1.0
+    decode = None if gap is None else gap * (tokens - 1)
+    return {name: value for name, value in {**once, "decode": decode}.items() if value is not None}
 
 
 Samples = Mapping[tuple[str, str, str], Measurement]

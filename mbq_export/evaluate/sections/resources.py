@@ -81,31 +81,39 @@ def memory(found: Found) -> Section:
 
 
 def _process(found: Found) -> list[Block]:
-    bars, rows = [], []
-    for run in _runs(found):
-        amounts = {name: number(dig(run, "memory", key)) for key, name in MEMORY.items()}
-        cells = [
-            words(dig(run, "memory", f"{key}_why")) or "not recorded"
-            if amounts[name] is None
-            else size(amounts[name])
-            for key, name in MEMORY.items()
-        ]
-        rows.append((name_of(run), *cells))
-        kept, peak = amounts["kept after loading"], amounts["peak while loading"]
-        if kept is not None:
-            kept = max(kept, 0.0)
-            parts = {"kept": kept / MEGA, "more at the peak": max((peak or 0.0) - kept, 0.0) / MEGA}
-            note = size(max(kept, peak or 0.0))
-            bars.append(Bar(label=name_of(run), parts=parts, note=note))
-    if not rows:
+    # A bundle is loaded once for all its workloads.
+    loads = {
+        (words(run.get("name")), words(run.get("memory"))): run.get("memory")
+        for run in _runs(found)
+    }
+    if not loads:
         return [Missing(what="Memory", why=f"no benchmark was given: {HINT}")]
-    numbers = table(("run", *MEMORY.values()), rows, caption="Resident memory")
+    rows = [
+        (name, *(_amount(memory, key) for key in MEMORY)) for (name, _), memory in loads.items()
+    ]
+    numbers = table(("bundle", *MEMORY.values()), rows, caption="Resident memory")
+    bars = [bar for (name, _), memory in loads.items() if (bar := _memory_bar(name, memory))]
     if not bars:
         return [numbers]
     title = "Memory that loading adds"
     note = "Resident memory added by opening the session and the first request."
     drawn = stacked_bars(title, bars, unit="MB")
     return [Figure(title=title, drawing=drawn, numbers=numbers, note=note)]
+
+
+def _amount(memory: Any, key: str) -> str:
+    """Bytes, or why nobody knows them."""
+    reason = words(dig(memory, f"{key}_why")) or "not recorded"
+    return size(dig(memory, key)) or reason
+
+
+def _memory_bar(name: str, memory: Any) -> Bar | None:
+    kept, peak = (number(dig(memory, key)) for key in ("kept_bytes", "peak_growth_bytes"))
+    if kept is None:
+        return None
+    stays, most = max(kept, 0.0), max(kept, peak or 0.0, 0.0)
+    parts = {"kept": stays / MEGA, "more at the peak": (most - stays) / MEGA}
+    return Bar(label=name, parts=parts, note=size(most))
 
 
 def _disk(found: Found) -> list[Block]:

@@ -9,6 +9,7 @@ from mbq_export.evaluate.lookup import dig, entries, items, texts, words
 from mbq_export.report import Check, Report
 
 SHOWN_FAILURES: Final = 4
+SHOWN_REASONS: Final = 2
 
 
 def verdicts(found: Found) -> tuple[Verdict, ...]:
@@ -70,7 +71,10 @@ def _benchmark(result: Result) -> Verdict:
     bundles = words(dig(result.report.context, "bundles"))
     lines = [Note(text=f"Timed {bundles} on {cpu}, {words(dig(details, 'env', 'cpus'))} CPUs")]
     if not result.report.valid:
-        lines += [Note(text=r, tone=UNSURE) for r in texts(reasons) or ["no reason was recorded"]]
+        told = texts(reasons) or ["no reason was recorded"]
+        lines += [Note(text=reason, tone=UNSURE) for reason in told[:SHOWN_REASONS]]
+        if len(told) > SHOWN_REASONS:
+            lines.append(Note(text=f"{len(told) - SHOWN_REASONS} more reasons below", tone=UNSURE))
     return Verdict(
         name=result.name,
         headline="Timings are valid" if result.report.valid else "Timings are noisy",

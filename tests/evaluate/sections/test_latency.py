@@ -35,6 +35,17 @@ def test_phases_are_stacked_and_decoding_counts_every_step() -> None:
     )
 
 
+def test_a_phase_that_some_run_lacks_keeps_its_place() -> None:
+    report = benchmark()
+    first, second = report.details["runs"]
+    blind = {**first, "phases": {**first["phases"], "vit": None}}
+    found = section(found_of(replace(report, details={**report.details, "runs": [blind, second]})))
+    numbers = figures(found)["Where the time of a request goes"].numbers
+    assert numbers is not None
+    assert numbers.header[1:4] == ("preprocess ms", "vit ms", "merge ms")
+    assert numbers.rows[0][2] == ""
+
+
 def test_percentiles_have_a_curve_per_run() -> None:
     drawing = figures(section(found_of(benchmark())))["Gaps between tokens"].drawing
     assert drawing.text == f"fp, {RUN}: 51 values from 4 to 4; w3, {RUN}: 51 values from 2 to 2."
@@ -51,7 +62,10 @@ def test_the_table_has_a_row_per_figure_with_its_rate() -> None:
 
 @pytest.mark.parametrize(
     ("reasons", "start", "tone"),
-    [((), "Valid. 3 requests each after 1", GOOD), (("busy",), "Noisy: busy. 3 requests", UNSURE)],
+    [
+        ((), "Valid. 3 requests each after 1", GOOD),
+        (("busy",), "Noisy, for the reasons below. 3 requests", UNSURE),
+    ],
 )
 def test_validity_stands_first(reasons: tuple[str, ...], start: str, tone: str) -> None:
     note = section(found_of(benchmark(reasons=reasons))).blocks[0]

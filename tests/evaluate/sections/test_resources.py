@@ -43,19 +43,26 @@ def test_no_benchmark_means_no_roofline() -> None:
 
 def test_what_loading_adds_is_drawn_and_what_nobody_tells_is_said() -> None:
     rows = numbers(memory(changed()), "Memory that loading adds").rows
-    assert rows == ((RUN, "10 MB", "15 MB", "the system does not tell"),)
+    assert rows == (("w3", "10 MB", "15 MB", "the system does not tell"),)
+
+
+def test_a_bundle_is_loaded_once_for_all_its_workloads() -> None:
+    report = benchmark(("w3",))
+    (run,) = report.details["runs"]
+    twice = replace(report, details={**report.details, "runs": [run, run]})
+    assert len(numbers(memory(found_of(twice)), "Memory that loading adds").rows) == 1
 
 
 def test_memory_that_shrank_is_drawn_as_nothing() -> None:
     found = memory(changed(memory={"kept_bytes": -5, "peak_growth_bytes": -2}))
     rows = numbers(found, "Memory that loading adds").rows
-    assert rows == ((RUN, "-5 B", "-2 B", "not recorded"),)
+    assert rows == (("w3", "-5 B", "-2 B", "not recorded"),)
 
 
 def test_memory_nobody_measured_is_a_table_of_reasons() -> None:
     found = memory(changed(memory={}))
     assert isinstance(found.blocks[0], Table)
-    assert found.blocks[0].rows == ((RUN, "not recorded", "not recorded", "not recorded"),)
+    assert found.blocks[0].rows == (("w3", "not recorded", "not recorded", "not recorded"),)
 
 
 def test_sizes_on_disk_are_those_of_the_manifest(tmp_path: Path) -> None:

@@ -85,6 +85,11 @@ def test_a_benchmark_is_valid_or_noisy(reasons: tuple[str, ...], headline: str, 
     assert said(found) == ["Timed fp, w3 on Test CPU, 2 CPUs", *reasons]
 
 
+def test_the_first_reasons_for_noise_are_told_and_the_others_counted() -> None:
+    (found,) = verdicts(found_of(benchmark(reasons=("a", "b", "c", "d"))))
+    assert said(found)[1:] == ["a", "b", "2 more reasons below"]
+
+
 def test_a_validation_of_an_absent_bundle_has_a_verdict_of_its_own() -> None:
     (found,) = verdicts(found_of(replace(validation(worst=0.5), measurements=())))
     assert (found.name, found.tone) == ("validate.json", BAD)
