@@ -1,8 +1,7 @@
 """Keep the figures of the model card equal to the records: python -m samples.tiny_vlm.card.
 
-evaluation.json                 the shipped weights, on three draws, and `generate` on part of the first
-training.json                   the record that train.py wrote of a run from nothing
-training_without_waiting.json   the same of a run whose schedule did not wait (README.md, "Runs")
+evaluation.json    the shipped weights, on three draws, and `generate` on part of the first
+training.json      the record that train.py wrote of a run from nothing
 
 With --record RUN/training.json the record of a new run is taken over first.
 """
@@ -79,11 +78,7 @@ def interval(part: dict[str, Any]) -> str:
     return f"**{percent(part['exact_match'])}** [{low:.2f}, {high:.2f}]"
 
 
-FIGURES: Final = {
-    "evaluation.json": shipped_figures,
-    "training.json": run_figures,
-    "training_without_waiting.json": run_figures,
-}
+FIGURES: Final = {"evaluation.json": shipped_figures, "training.json": run_figures}
 
 
 def current_card() -> str:

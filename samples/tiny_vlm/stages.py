@@ -9,7 +9,7 @@ them. Scenes are numbered, so step k of a stage always sees the same pictures.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -38,20 +38,15 @@ PROBE_STEPS, PROBE_BATCH = 2000, 64
 ALIGN_STEPS, ALIGN_BATCH = 1000, 64
 ANSWER_STEPS, ANSWER_BATCH = 4200, 16
 PEAK_RATE: Final = 2.2e-3  # of Muon in stage 3
-LOOKED_UP: Final = 0.75
-"""Share of "what color is" that guessing among the colours shown does not reach (it gets half)."""
 
 # More of what is learned last: count, count_attr, exist, color, at, where, read, rel.
 KIND_WEIGHTS: Final = (0.5, 1.0, 1.0, 0.8, 1.2, 1.2, 1.0, 1.8)
-# Until the decoder looks things up, more of the plainest question that needs it: color.
-EARLY_KIND_WEIGHTS: Final = (0.5, 1.0, 1.0, 2.4, 1.2, 1.2, 1.0, 1.8)
-# Few things first.
+# (progress below, relative frequency of 1..6 things): few things first.
 CURRICULUM: Final = (
-    (0.15, Mix(objects=(4, 4, 3, 1, 0, 0), kinds=EARLY_KIND_WEIGHTS, most_tokens=96)),
-    (0.30, Mix(objects=(2, 3, 3, 3, 1, 0), kinds=EARLY_KIND_WEIGHTS, most_tokens=96)),
-    (1.00, Mix(objects=(1, 2, 3, 3, 2, 1), kinds=KIND_WEIGHTS, most_tokens=96)),
+    (0.15, (4, 4, 3, 1, 0, 0)),
+    (0.30, (2, 3, 3, 3, 1, 0)),
+    (1.00, (1, 2, 3, 3, 2, 1)),
 )
-"""(Progress below, what is drawn and asked.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,39 +57,25 @@ class Stage:
         name: Short name for logs and the record.
         steps: Optimizer steps.
         batch: Scenes a step.
-        loss: Step number and progress in [0, 1) -> loss, a scalar with gradients.
+        loss: Step number -> loss, a scalar with gradients.
         optimizers: Each parameter group holds its "peak" rate.
-        rate: Progress and steps since the start -> factor on the peak rates.
-        waits_at: Progress at which the schedule stands still until `ready`; None means never.
-        ready: Whether the monitored figures allow the schedule to go on.
+        rate: Progress in [0, 1) and step -> factor on the peak rates.
     """
 
     name: str
     steps: int
     batch: int
-    loss: Callable[[int, float], Tensor]
+    loss: Callable[[int], Tensor]
     optimizers: tuple[torch.optim.Optimizer, ...]
     rate: Callable[[float, int], float]
-    waits_at: float | None = None
-    ready: Callable[[Mapping[str, Any]], bool] = lambda _seen: True
 
-    def waits(self, place: int, log: Sequence[Mapping[str, Any]]) -> bool:
-        """Tell whether a place in the schedule is to be repeated, given all monitored figures."""
-        last = -1 if self.waits_at is None else int(self.waits_at * self.steps) - 1
-        return place == last and not any(map(self.ready, log))
-
-    def step(self, number: int, place: int) -> float:
-        """Make one optimizer step and return its loss.
-
-        Args:
-            number: Steps made so far; chooses the scenes.
-            place: Steps of the schedule made so far, fewer than `number` if the stage waited.
-        """
-        factor = self.rate(place / self.steps, number)
+    def step(self, number: int) -> float:
+        """Make optimizer step `number` and return its loss."""
+        factor = self.rate(number / self.steps, number)
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group in groups:
             group["lr"] = group["peak"] * factor
-        loss = self.loss(number, place / self.steps)
+        loss = self.loss(number)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -179,7 +160,7 @@ def probe_stage(model: Any, probe: Probe, *, steps: int = PROBE_STEPS) -> Stage:
     """Make stage 1: cross-entropy of colour and kind per cell."""
     parameters = [*model.model.vision_tower.parameters(), *probe.parameters()]
 
-    def loss(step: int, _progress: float) -> Tensor:
+    def loss(step: int) -> Tensor:
         scenes = scenes_of_step(1, step, PROBE_BATCH, questions_per_image=0, captions=0.0)
         return probe.loss(vision_states(model, pixels_of(scenes)), scenes)
 
@@ -212,7 +193,7 @@ def align_stage(model: Any, probe: Probe, *, steps: int = ALIGN_STEPS) -> Stage:
         bias,
     ]
 
-    def loss(step: int, _progress: float) -> Tensor:
+    def loss(step: int) -> Tensor:
         scenes = scenes_of_step(2, step, ALIGN_BATCH, questions_per_image=0, captions=0.0)
         states = vision_states(model, pixels_of(scenes))
         patches = F.normalize(bridge(states), dim=-1)
@@ -247,8 +228,9 @@ def answer_stage(model: Any, probe: Probe, *, steps: int = ANSWER_STEPS) -> Stag
     )
     slower = adamw([(rest, 0.6 * PEAK_RATE), ([*vision, *probe.parameters()], 5e-4)], decay=0.02)
 
-    def loss(step: int, progress: float) -> Tensor:
-        mix = next(mix for end, mix in CURRICULUM if progress < end)
+    def loss(step: int) -> Tensor:
+        objects = next(weights for end, weights in CURRICULUM if step / steps < end)
+        mix = Mix(objects=objects, kinds=KIND_WEIGHTS, most_tokens=96)
         scenes = scenes_of_step(
             3, step, ANSWER_BATCH, questions_per_image=14, captions=0.35, mix=mix
         )
@@ -268,19 +250,7 @@ def answer_stage(model: Any, probe: Probe, *, steps: int = ANSWER_STEPS) -> Stag
         loss=loss,
         optimizers=(slower, muon),
         rate=schedule(warm_up=60, flat=0.45, floor=0.01),
-        waits_at=CURRICULUM[1][0],
-        ready=looks_things_up,
     )
-
-
-def looks_things_up(seen: Mapping[str, Any]) -> bool:
-    """Tell whether the decoder finds a thing by its kind: "what color is" is beyond guessing.
-
-    Finding by content comes in one jump, at a step that chance decides (1,100 in one run, 3,000 in
-    another); `where`, `exist` and `rel` follow it. Where the jump came after the rate had begun to
-    fall, the model ended at 79 %: so few things per scene and the full rate stay until it has come.
-    """
-    return bool(seen["by_kind"]["color"] > LOOKED_UP)
 
 
 def adamw(groups: Sequence[tuple[list[nn.Parameter], float]], *, decay: float) -> torch.optim.AdamW:

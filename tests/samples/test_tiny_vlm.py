@@ -176,7 +176,7 @@ def test_inputs_equal_those_of_auto_processor(processor: HandMade, image: Any) -
 
 
 def steps(stage: stages.Stage, count: int) -> list[float]:
-    return [stage.step(number, number) for number in range(count)]
+    return [stage.step(number) for number in range(count)]
 
 
 def test_twenty_steps_of_the_first_stage_learn_something() -> None:
@@ -219,59 +219,19 @@ def test_a_run_that_was_cut_off_ends_where_an_uncut_one_does(
     first = train.Run(tmp_path / "cut", seed=0)
     begun = first.stage(name, 4)
     steps(begun, 2)
-    entry = {"name": name, "waited": 0, "wall_s": 0.0, "cpu_s": 0.0, "log": []}
+    entry = {"name": name, "wall_s": 0.0, "cpu_s": 0.0, "log": []}
     first.record["stages"].append(entry)
-    train.save_checkpoint(first, begun, train.Start(stage=name, number=2, place=2))
+    train.save_checkpoint(first, begun, 2)
     second = train.Run(tmp_path / "cut", seed=1)  # Other first weights: all must come from disk.
-    start, tensors = train.load_checkpoint(second)
-    assert start == train.Start(stage=name, number=2, place=2)
+    reached, done, tensors = train.load_checkpoint(second)
+    assert (reached, done) == (name, 2)
     rest = second.stage(name, 4)
     train.restore_optimizers(rest, tensors)
-    second.train(rest, start)
-    assert second.record["stages"][0]["waited"] == 0
+    second.train(rest, resumed_at=done)
     assert second.record["seed"] == 0
     restored = second.modules().state_dict()
     for key, tensor in whole.modules().state_dict().items():
         torch.testing.assert_close(restored[key], tensor, msg=key)
-
-
-class Metronome:
-    """A stage without a model, which notes what it is asked to do. A stand-in for hours of training."""
-
-    def __init__(self, ready_after: int) -> None:
-        self.calls: list[tuple[int, int]] = []
-        self.stage = stages.Stage(
-            name="answer",
-            steps=10,
-            batch=1,
-            loss=lambda _step, _progress: torch.zeros((), requires_grad=True),
-            optimizers=(),
-            rate=lambda _progress, _step: 1.0,
-            waits_at=0.4,
-            ready=lambda seen: seen["calls"] >= ready_after,
-        )
-
-    def step(self, number: int, place: int) -> float:
-        self.calls.append((number, place))
-        return 0.0
-
-
-@pytest.mark.parametrize(("ready_after", "waited"), [(0, 0), (4, 1), (9, 7)])
-def test_the_schedule_waits_until_the_stage_is_ready(
-    ready_after: int, waited: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train, "EVERY", {"answer": 2})
-    monkeypatch.setattr(train, "MONITOR_IMAGES", 1)
-    monkeypatch.setattr(train, "save_checkpoint", lambda *_: None)
-    metronome = Metronome(ready_after)
-    monkeypatch.setattr(train.Run, "look", lambda *_: {"calls": len(metronome.calls)})
-    monkeypatch.setattr(stages.Stage, "step", lambda _stage, *at: metronome.step(*at))
-    run = train.Run(tmp_path, seed=0)
-    run.train(metronome.stage)
-    assert [number for number, _ in metronome.calls] == list(range(10 + waited))
-    places = [place for _, place in metronome.calls]
-    assert places == [0, 1, 2, *[3] * (waited + 1), 4, 5, 6, 7, 8, 9]
-    assert run.record["stages"][0]["waited"] == waited
 
 
 def test_the_record_of_a_run_evaluates_the_folder_it_wrote(
