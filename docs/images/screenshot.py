@@ -14,7 +14,7 @@ from PIL import Image
 from tests.evaluate.browser import open_tab
 
 WIDTH: Final = 1200
-COLOURS: Final = 128
+COLOURS: Final = 256
 TAKE_OUT: Final = """
 for (const part of document.querySelectorAll("nav, .tables, .missing, details, #raw, section p:not(.note)"))
   if (!part.closest(".verdict")) part.remove();

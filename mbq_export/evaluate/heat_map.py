@@ -49,7 +49,9 @@ def heat_map(title: str, grid: Grid) -> Drawing:
     left = min(max((len(row) for row in grid.rows), default=1) * CHARACTER + 8, WIDEST_NAME)
     width = min(WIDEST_CELL, (WIDTH - left) / max(len(grid.columns), 1))
     found = [value for row in grid.values for value in row if value is not None]
-    shade = shade_of([value for value in found if math.isfinite(value)], log=grid.log)
+    # Beside a limit a shade says how near a value is to it, not which of many small ones is largest.
+    ends = [] if grid.limit is None else [grid.limit]
+    shade = shade_of([*ends, *(value for value in found if math.isfinite(value))], log=grid.log)
     shown = []
     for row, (name, values) in enumerate(zip(grid.rows, grid.values, strict=True)):
         shown.append(label(0, row * ROW_HEIGHT + 16, name, room=left - 6))

@@ -46,6 +46,14 @@ def test_the_words_name_the_ends_the_limit_and_the_worst_place() -> None:
     )
 
 
+def test_values_far_below_the_limit_are_faint() -> None:
+    values = [[1e-6, 2e-6]]
+    alone = heat_map("x", Grid(rows=["a"], columns=["0", "1"], values=values))
+    gated = heat_map("x", Grid(rows=["a"], columns=["0", "1"], values=values, limit=1.0))
+    assert 'fill-opacity="1"' in alone.svg
+    assert 'fill-opacity="1"' not in gated.svg
+
+
 def test_numbers_stand_in_cells_with_room_and_not_in_others() -> None:
     def written(columns: int) -> int:
         names = [str(column) for column in range(columns)]

@@ -36,8 +36,8 @@ def section(found: Found) -> Section:
         why = "no bundle holds one: mbq-export build --target rtx4090:rtx"
         blocks.append(Missing(what="Engines", why=why))
     if checks:
-        header = ("check", "verdict", "engine", "value", "limit", "why")
-        blocks.append(table(header, checks, caption="Checks of the layer tables"))
+        columns = ("check", "verdict", "engine", "value", "limit", "why")
+        blocks.append(table(columns, checks, caption="Checks of the layer tables"))
     return Section(key="engines", title="Engines", blocks=tuple(blocks))
 
 

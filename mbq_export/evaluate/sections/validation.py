@@ -156,7 +156,9 @@ def _map(
     names = [_short(column) for column in columns]
     values = [[found.get((row, column)) for column in columns] for row in rows]
     grid = Grid(rows=rows, columns=names, values=values, limit=limit)
-    beyond = f" Framed cells are beyond {figure(limit)}." if limit is not None else ""
+    beyond = (
+        f" Darkest at the limit, {figure(limit)}; framed beyond it." if limit is not None else ""
+    )
     numbers: Table = table(
         ("", *names),
         [
