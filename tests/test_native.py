@@ -107,7 +107,9 @@ def test_interrupt_ends_the_group_and_is_raised_again(tmp_path: Path) -> None:
         """
     )
     root = str(Path(native.__file__).parents[1])
-    parent = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": root})
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": root}
+    )
     try:
         pid = int(wait_for(tmp_path / "log"))
         parent.send_signal(signal.SIGINT)
@@ -150,7 +152,7 @@ def test_environment_and_folder_are_the_childs_own(tmp_path: Path) -> None:
 
 def test_peak_memory_is_the_childs(tmp_path: Path) -> None:
     small = python(tmp_path, "pass").peak_rss_bytes
-    large = python(tmp_path, "print(sum(bytearray(200 << 20)))").peak_rss_bytes
+    large = python(tmp_path, "import time; x = b'x' * (200 << 20); time.sleep(0.5)").peak_rss_bytes
     assert large - small > 150 << 20
 
 
@@ -184,9 +186,7 @@ def fake_tool(folder: Path, output: str, status: int = 0) -> None:
     tool.chmod(0o755)
 
 
-def test_gpu_is_what_the_drivers_tool_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_is_what_the_drivers_tool_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_tool(tmp_path, "NVIDIA H100 80GB HBM3, 9.0, 580.95.05")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     gpu = native.local_gpu()
@@ -196,7 +196,10 @@ def test_gpu_is_what_the_drivers_tool_says(
 
 @pytest.mark.parametrize(
     ("output", "status"),
-    [("NVIDIA-SMI has failed because it could not communicate with the driver", 9), ("No devices", 0)],
+    [
+        ("NVIDIA-SMI has failed because it could not communicate with the driver", 9),
+        ("No devices", 0),
+    ],
 )
 def test_tool_without_a_gpu_means_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, status: int

@@ -18,6 +18,10 @@ from mbq_export.errors import MachineError
 LINKS: Final = "lib"
 """Folder with the link, relative: the child runs in the folder that holds it."""
 
+OWN_FREE_LISTS: Final = "glibc.malloc.tcache_count=65535"
+"""Memory that one thread of the library frees is not reused by another. Without it 11 of 60 builds of a
+two-layer decoder on a busy machine ordered a table in the plan differently; with it none of 60."""
+
 PASSED_ON: Final = ("LD_LIBRARY_PATH", "PYTHONPATH", "PATH", "CUDA_VISIBLE_DEVICES")
 
 
@@ -136,6 +140,7 @@ def child_environment(installed: Installed, workdir: Path) -> dict[str, str]:
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [LINKS, kept.get("LD_LIBRARY_PATH")])),
         "PYTHONPATH": os.pathsep.join(filter(None, [root, kept.get("PYTHONPATH")])),
         "PYTHONHASHSEED": "0",
+        "GLIBC_TUNABLES": OWN_FREE_LISTS,
         "OPENBLAS_NUM_THREADS": "1",  # numpy's threads would allocate at times of their own
         "LC_ALL": "C.UTF-8",
         "TMPDIR": ".",

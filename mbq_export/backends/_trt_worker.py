@@ -8,8 +8,9 @@ included, goes to standard output, which the parent keeps. TensorRT reports fail
 at all, so every return value is looked at.
 
 TensorRT orders some tables in a plan by address, so a plan depends on the history of the heap. The work is
-therefore done in a thread, whose heap begins empty; paths are relative; and TensorRT's own logger prints,
-because messages of varying length that reach Python would be allocated in between.
+therefore done in a thread, whose heap begins empty; paths are relative; TensorRT's own logger prints, because
+messages of varying length that reach Python would be allocated in between; and the parent sets what threads do
+with freed memory (`_trt_flavour.child_environment`).
 """
 
 import ctypes

@@ -113,9 +113,7 @@ def test_failed_checks_are_reported_and_left_to_the_caller(tmp_path: Path) -> No
 @pytest.mark.parametrize("target", ["sm86:rtx", "sm120:rtx"])
 def test_other_devices_are_built_the_same_way(tmp_path: Path, target: str) -> None:
     graph = trt_graphs.decoder_block(tmp_path)
-    record = _tensorrt.build(
-        "rtx", request(graph, out=tmp_path / "o", target=Target.parse(target))
-    )
+    record = _tensorrt.build("rtx", request(graph, out=tmp_path / "o", target=Target.parse(target)))
     assert record.failed == ()
     assert not record.verified
 
@@ -196,7 +194,9 @@ def test_interrupted_build_leaves_no_child_and_no_partial_output(tmp_path: Path)
         """
     )
     root = str(Path(mbq_export.__file__).parents[1])
-    parent = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": root})
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": root}
+    )
     try:
         deadline = time.monotonic() + 60
         while not (pid_file.exists() and pid_file.read_text().endswith("\n")):

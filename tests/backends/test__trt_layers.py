@@ -141,7 +141,9 @@ def test_checks_that_do_not_apply_are_left_out(graph: EngineGraph) -> None:
     assert set(verdicts(table_of("packed"), plain)) == {"A2", "A3", "A5", "A8"}
 
 
-@pytest.mark.parametrize(("share", "ok"), [(1.0, True), (0.985, True), (0.97, False), (1.03, False)])
+@pytest.mark.parametrize(
+    ("share", "ok"), [(1.0, True), (0.985, True), (0.97, False), (1.03, False)]
+)
 def test_constants_may_differ_by_two_percent(graph: EngineGraph, share: float, ok: bool) -> None:
     assert graph.weight_bytes is not None
     other = replace(graph, weight_bytes=round(graph.weight_bytes * share))
@@ -169,7 +171,9 @@ def test_other_name_type_or_profile_fails_a8(graph: EngineGraph) -> None:
 
 
 def test_log_without_a_table_is_an_error_not_an_empty_table() -> None:
-    with pytest.raises(BuildError, match=r"0 layers and 0 inputs .* in a log with 3 lines") as error:
+    with pytest.raises(
+        BuildError, match=r"0 layers and 0 inputs .* in a log with 3 lines"
+    ) as error:
         LayerTable.parse(["[TRT] [V] Layers:", "", "Engine generation completed"])
     assert error.value.code == "E6012"
 
@@ -186,7 +190,11 @@ def test_rows_without_the_io_table_are_an_error() -> None:
         (", TacticName: ", ", Tactic: ", "a row is written in an unknown way"),
         ("Datatype: Int4", "Datatype: Int3", "tensors are written in an unknown way"),
         ("Dimensions: [1,128,128]", "Shape: [1,128,128]", "tensors are written in an unknown way"),
-        ("IOMode: Input, DataType", "IOMode: Input, Type", "an input or output is written in an unknown"),
+        (
+            "IOMode: Input, DataType",
+            "IOMode: Input, Type",
+            "an input or output is written in an unknown",
+        ),
     ],
 )
 def test_changed_grammar_is_an_error(old: str, new: str, words: str) -> None:

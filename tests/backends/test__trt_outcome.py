@@ -117,7 +117,11 @@ def test_hung_child_is_ended_and_the_option_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("code", "status"),
-    [("pass", 0), ("raise SystemExit(3)", 3), ("open('result.json', 'w').write('{\"schema\": 9}')", 0)],
+    [
+        ("pass", 0),
+        ("raise SystemExit(3)", 3),
+        ("open('result.json', 'w').write('{\"schema\": 9}')", 0),
+    ],
 )
 def test_child_without_an_answer_is_a_bug_of_ours(tmp_path: Path, code: str, status: int) -> None:
     error = failure(tmp_path, code)

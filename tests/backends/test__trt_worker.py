@@ -166,5 +166,3 @@ def test_worker_runs_without_the_current_folder_on_its_path(tmp_path: Path) -> N
     (job.workdir / "numpy.py").write_text("raise SystemExit('hijacked')\n")
     assert run(job).network_layers > 0
     assert sys.executable == _tensorrt.WORKER[0]
-
-
