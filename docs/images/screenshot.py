@@ -19,7 +19,7 @@ TAKE_OUT: Final = """
 for (const part of document.querySelectorAll("nav, .tables, .missing, details, #raw, section p:not(.note)"))
   if (!part.closest(".verdict")) part.remove();
 for (const part of document.querySelectorAll("main > section"))
-  if (!["verdict", "quantization", "validation", "latency", "comparison"].includes(part.id)) part.remove();
+  if (!["verdict", "quantization", "validation", "latency", "accuracy", "comparison"].includes(part.id)) part.remove();
 """
 
 
