@@ -60,6 +60,14 @@ def percent(value: Any) -> str:
     return "" if amount is None else f"{100 * amount:.1f} %"
 
 
+def percents(low: Any, high: Any) -> str:
+    """Two shares as a range of percentages; nothing if one is no number."""
+    ends = number(low), number(high)
+    if ends[0] is None or ends[1] is None:
+        return ""
+    return f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f} %"
+
+
 def short_hash(value: Any) -> str:
     """The beginning of a hash, enough to compare by eye."""
     text = str(value or "").removeprefix("sha256:")

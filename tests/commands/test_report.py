@@ -1,53 +1,61 @@
-"""`report`: which file gets which form, and what it cannot be made of."""
+"""``report``: forms on request, Markdown otherwise, and nothing half-written."""
 
 from pathlib import Path
 
 import pytest
 
 from tests.command_line import run, tell
+from tests.evaluate.reported import benchmark, bundle_folder, validation
 
 
-def test_without_an_option_markdown_goes_to_standard_output(bundle: Path) -> None:
-    outcome = tell("report", bundle, "--title", "My bundle")
-    assert outcome.status == 0, outcome.err
-    lines = outcome.out.splitlines()
-    assert lines[0] == "# My bundle"
-    assert lines[-1] == "OK  report  stdout"
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[Path]:
+    folder = bundle_folder(tmp_path / "w3", report=validation())
+    benchmark().write(tmp_path / "bench.json")
+    return [folder, tmp_path / "bench.json"]
 
 
-def test_each_option_writes_its_own_form(bundle: Path, tmp_path: Path) -> None:
-    names = {"--html": "r.html", "--md": "r.md", "--csv": "r.csv"}
-    line = [word for option, name in names.items() for word in (option, tmp_path / name)]
-    outcome = run("report", bundle, *line)
-    assert outcome.status == 0, outcome.err
-    assert outcome.document["result"]["written"] == [
-        str(tmp_path / name) for name in names.values()
+def test_every_form_that_is_asked_for_is_written(inputs: list[Path], tmp_path: Path) -> None:
+    files = {form: tmp_path / f"report.{form}" for form in ("html", "md", "csv")}
+    options = [word for form, path in files.items() for word in (f"--{form}", path)]
+    ended = run("report", *inputs, *options, "--title", "Nightly")
+    assert ended.status == 0
+    assert ended.document["result"]["written"] == [str(path) for path in files.values()]
+    assert ended.document["result"]["verdicts"] == [
+        {"name": "w3", "headline": "All 3 checks passed, 1 not run", "tone": "good"},
+        {"name": "bench.json", "headline": "Timings are valid", "tone": "good"},
     ]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.csv", "r.html", "r.md"]
-    assert "<html" in (tmp_path / "r.html").read_text()[:200]
-    assert "#" in (tmp_path / "r.md").read_text()[:2]
+    assert "<h1>Nightly</h1>" in files["html"].read_text()
+    assert files["md"].read_text().startswith("# Nightly\n")
+    assert files["csv"].read_text().startswith("source,subject,test,")
 
 
-def test_json_mode_prints_a_document_and_no_markdown(bundle: Path) -> None:
-    assert run("report", bundle).document["result"]["written"] == []
+def test_without_a_form_markdown_goes_to_stdout(inputs: list[Path]) -> None:
+    ended = tell("report", *inputs)
+    assert ended.out.startswith("# mbq-export report\n")
+    assert ended.out.endswith("OK  report  stdout\n")
+
+
+def test_json_mode_prints_a_document_and_no_markdown(inputs: list[Path]) -> None:
+    assert run("report", *inputs).document["result"]["written"] == []
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder of others", "text"])
-def test_input_that_is_no_result_is_named(model: Path, tmp_path: Path, kind: str) -> None:
-    (tmp_path / "notes.txt").write_text("not json")
-    path = {"missing": tmp_path / "no", "folder of others": model, "text": tmp_path / "notes.txt"}
-    outcome = run("report", path[kind], "--md", tmp_path / "r.md")
-    assert (outcome.status, outcome.code) == (4, "E4805")
-    assert path[kind].name in outcome.document["error"]["message"]
-    assert not (tmp_path / "r.md").exists()
+def test_an_input_that_is_no_result_ends_with_4_and_writes_nothing(
+    tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "folder of others").mkdir()
+    (tmp_path / "text").write_text("not json")
+    ended = run("report", tmp_path / kind, "--html", tmp_path / "report.html")
+    assert (ended.status, ended.code) == (4, "E4805")
+    assert kind in ended.document["error"]["message"]
+    assert not (tmp_path / "report.html").exists()
 
 
-def test_place_that_cannot_be_written_is_named(bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    outcome = tell("report", bundle, "--html", tmp_path / "file" / "r.html")
-    assert outcome.status == 5
-    assert outcome.err.splitlines()[-1].startswith("FAILED  report  MBQ-E5008  Cannot write ")
-
-
-def test_report_of_nothing_is_a_usage_error() -> None:
+def test_a_report_of_nothing_is_a_wrong_call() -> None:
     assert run("report").code == "E2003"
+
+
+def test_a_place_that_cannot_be_written_ends_with_5(inputs: list[Path], tmp_path: Path) -> None:
+    ended = run("report", *inputs, "--html", tmp_path / "nowhere" / "report.html")
+    assert (ended.status, ended.code) == (5, "E5008")

@@ -112,7 +112,7 @@ def test_the_page_says_what_the_inputs_say(found: Found) -> None:
         "w3a16 g128 mbq",
         "mbq-export build --wbits 3",
         "1970-01-01 00:00 UTC",
-        "no: built without a GPU",
+        "not verified: built without a GPU",
         "Energy: not measured: no energy counter is read",
         "Test CPU",
         "answer was not measured",

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mbq_export.evaluate.wording import figure, percent, plain, short_hash, size, visible
+from mbq_export.evaluate.wording import figure, percent, percents, plain, short_hash, size, visible
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,11 @@ def test_bytes_are_shown_in_the_unit_that_keeps_them_short(value: float, shown: 
 @pytest.mark.parametrize("value", [None, "3", [], math.nan, True], ids=str)
 def test_what_is_no_number_is_not_shown(value: Any) -> None:
     assert (size(value), figure(value), percent(value)) == ("", "", "")
+
+
+def test_a_range_of_shares_names_its_unit_once() -> None:
+    assert percents(0.9, 0.925) == "90.0 to 92.5 %"
+    assert not percents(0.9, None)
 
 
 def test_hashes_are_cut() -> None:

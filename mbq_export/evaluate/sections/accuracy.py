@@ -7,9 +7,10 @@ from mbq_export.evaluate.document import Block, Figure, Heading, Missing, Note, 
 from mbq_export.evaluate.gathering import VALIDATE, Found, Quality, Result
 from mbq_export.evaluate.lookup import dig, entries, items, number, words
 from mbq_export.evaluate.plots import Range, intervals
-from mbq_export.evaluate.wording import figure, percent
+from mbq_export.evaluate.wording import figure, percent, percents
 
 FULL: Final = "fp"
+VARIANTS: Final = {"plain": "sample model", "stress": "stress variant (synthetic outliers)"}
 HINT: Final = "mbq-export validate BUNDLE --tier task -o DIR"
 TASK: Final = "task/accuracy"
 
@@ -37,7 +38,7 @@ def _task(result: Result) -> list[Block]:
         if name.startswith(f"{TASK}/")
     ]
     ranges = [Range(label="all", value=100 * value, low=100 * low, high=100 * high)]
-    interval = f"{percent(low)} to {percent(high)}"
+    interval = percents(low, high)
     return [
         Figure(
             title=title,
@@ -64,7 +65,8 @@ def _quality(quality: Quality) -> list[Block]:
         paired = [
             p for p in pairs if words(p.get("variant")) == variant and p.get("seed") in (0, None)
         ]
-        blocks += [Heading(text=f"Model: {variant}"), *_figures(first, variant), _table(first)]
+        name = VARIANTS.get(variant, variant)
+        blocks += [Heading(text=name), *_figures(first, name), _table(first)]
         if paired:
             blocks.append(_pairs(paired))
     return blocks
@@ -119,7 +121,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Block:
         (
             _label(row),
             percent(dig(row, "accuracy", "value")),
-            f"{percent(dig(row, 'accuracy', 'low'))} to {percent(dig(row, 'accuracy', 'high'))}",
+            percents(dig(row, "accuracy", "low"), dig(row, "accuracy", "high")),
             *(
                 figure(dig(row, "kl", m, "mean", "value"), 3)
                 for m in ("answer", "vision", "prompt")

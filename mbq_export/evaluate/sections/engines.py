@@ -31,7 +31,7 @@ def section(found: Found) -> Section:
     blocks: list[Block] = []
     if rows:
         header = ("engine", "verified", "built by", "devices", "size", "layers", "Int4 constants")
-        blocks.append(table(header, rows, caption="Engines"))
+        blocks.append(table((*header, "why not verified"), rows, caption="Engines"))
     else:
         why = "no bundle holds one: mbq-export build --target rtx4090:rtx"
         blocks.append(Missing(what="Engines", why=why))
@@ -48,12 +48,13 @@ def _rows(name: str, built: BuiltEngines) -> list[tuple[str | Cell, ...]]:
     return [
         (
             f"{name} {built.folder}/{engine}",
-            Cell(text="yes", tone=GOOD) if verified else Cell(text=f"no: {reason}", tone=UNSURE),
+            Cell(text="yes", tone=GOOD) if verified else Cell(text="no", tone=UNSURE),
             " ".join(words(record.get(key)) for key in ("flavour", "version")),
             words(record.get("sm")),
             size(dig(facts, "bytes")),
             words(dig(facts, "layers")),
             str(constants(built.layers, engine)[INT4]),
+            "" if verified else reason,
         )
         for engine, facts in entries(record.get("engines")).items()
     ]

@@ -20,7 +20,7 @@ def test_a_task_is_a_share_with_its_interval() -> None:
     assert isinstance(figure, Figure)
     assert figure.title == "Exact match, w3"
     assert figure.numbers is not None
-    assert figure.numbers.rows == (("all", "90.0 %", "80.0 % to 95.0 %"), ("color", "100.0 %", ""))
+    assert figure.numbers.rows == (("all", "90.0 %", "80.0 to 95.0 %"), ("color", "100.0 %", ""))
     assert figure.note.startswith("500 questions about 100 pictures")
     assert figure.drawing.text == "In %. all: 90, from 80 to 95."
 
@@ -30,7 +30,7 @@ def test_quality_is_drawn_per_variant_with_full_precision_as_the_reference() -> 
     assert isinstance(note, Note)
     assert "5000 questions about 900 pictures" in note.text
     assert "without looking gives 30.0 %" in note.text
-    assert heading == Heading(text="Model: plain")
+    assert heading == Heading(text="sample model")
     assert isinstance(accuracy, Figure)
     assert accuracy.drawing.text == (
         "In %. full precision: 90, from 89 to 91; rtn g128: 89, from 88 to 90."
@@ -39,11 +39,18 @@ def test_quality_is_drawn_per_variant_with_full_precision_as_the_reference() -> 
     assert isinstance(distance, Figure)
     assert distance.drawing.text == "In nats. rtn g128: 0.02, from 0.018 to 0.022."
     assert isinstance(rows, Table)
-    assert rows.rows[1] == ("rtn g128", "89.0 %", "88.0 % to 90.0 %", *("0.02",) * 3, "89.0 %")
+    assert rows.rows[1] == ("rtn g128", "89.0 %", "88.0 to 90.0 %", *("0.02",) * 3, "89.0 %")
     assert isinstance(pairs, Table)
     assert pairs.rows == (
         ("rtn g128 against full precision", "-1", "-2", "-0.1", "-0.01", "-0.02", "-0.001", "0.03"),
     )
+
+
+def test_the_stress_variant_is_called_synthetic() -> None:
+    table: dict[str, Any] = quality()
+    table["rows"] = [{**row, "variant": "stress"} for row in table["rows"]]
+    figures = [b for b in section(found_of(quality=table)).blocks if isinstance(b, Figure)]
+    assert all("synthetic outliers" in figure.title for figure in figures)
 
 
 def test_other_draws_of_the_calibration_data_are_left_to_the_file() -> None:

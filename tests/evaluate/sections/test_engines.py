@@ -15,12 +15,13 @@ def test_layers_and_int4_constants_are_counted(tmp_path: Path) -> None:
     assert engines.rows == (
         (
             "w3 rtx-1.7.1.116/sm89/decoder",
-            Cell(text="no: built without a GPU", tone=UNSURE),
+            Cell(text="no", tone=UNSURE),
             "rtx 1.7.1.116",
             "8.9",
             "3 MB",
             "2",
             "2",
+            "built without a GPU",
         ),
     )
     assert isinstance(checks, Table)
