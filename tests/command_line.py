@@ -2,8 +2,10 @@
 
 import io
 import json
+import logging
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,17 @@ class Outcome:
         return str(self.document["error"]["code"]).removeprefix("MBQ-")
 
 
+@contextmanager
+def own_logging() -> Iterator[None]:
+    """Undo what a console does to the package's logger, which other tests listen to."""
+    logger = logging.getLogger("mbq_export")
+    before = logger.handlers, logger.propagate, logger.level
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate, logger.level = before
+
+
 def run(*arguments: object) -> Outcome:
     """Run one command in this process, in JSON mode."""
     return tell("--json", *arguments)
@@ -44,6 +57,6 @@ def run(*arguments: object) -> Outcome:
 def tell(*arguments: object) -> Outcome:
     """Run one command in this process, as a person sees it."""
     out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
+    with redirect_stdout(out), redirect_stderr(err), own_logging():
         status = run_guarded(app, hoist_globals([*map(str, arguments)]), Console())
     return Outcome(status=status, out=out.getvalue(), err=err.getvalue())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mbq_export.commands import PANELS
 from tests.command_line import PROGRAM, ROOT
 
 PAGES = sorted(
@@ -36,8 +37,6 @@ def test_links_lead_to_files(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_page_names_only_existing_commands(page: Path) -> None:
-    from mbq_export.commands import PANELS
-
     named = re.findall(r"(?:^|`|\$ )mbq-export ([a-z]+)\b", page.read_text(), re.MULTILINE)
     assert set(named) <= set(PANELS)
 

@@ -68,9 +68,12 @@ def command(
             scales = channel_scales(plan, loaded, console.note, state=None, progress=progress)
         scales.write(staged)
         publish(staged, out)
-    console.table(
-        ("layer", "linear", "vision / answer", "prompt / answer", "r"), rows(scales.sensitivity)
-    )
+    if scales.sensitivity.get("layers"):
+        console.table(
+            ("layer", "linear", "vision / answer", "prompt / answer", "r"), rows(scales.sensitivity)
+        )
+    else:
+        console.text(f"--method {method} asks for no gradients")
     units = scales.calib["units"]
     console.finish(
         {"calibration": str(out), "data": scales.calib["data"], "units": units},

@@ -151,6 +151,20 @@ class Console:
         sys.stderr.write(f"FAILED  {self.command or PROGRAM}  MBQ-{error.code}  {message}\n")
         return error.exit_status
 
+    def interrupted(self, message: str) -> None:
+        """Print the JSON document of a run that was asked to end."""
+        error: dict[str, Any] = {
+            "code": None,
+            "class": "interrupted",
+            "exit": EXIT_INTERRUPTED,
+            "message": message,
+            "where": [],
+            "why": "",
+            "fix": [self.resume] if self.resume else [],
+            "context": {},
+        }
+        self._document(ok=False, status=EXIT_INTERRUPTED, result={}, error=error)
+
     def _tell_repeated(self) -> None:
         for code, count in self.repeated.items():
             self.note(f"warning[{code}]: {count} more like one above")
@@ -178,13 +192,17 @@ def run_guarded(app: Callable[..., object], argv: list[str], console: Console) -
     # Known before the options are read: a wrong one is a document too.
     console.as_json |= "--json" in itertools.takewhile(lambda word: word != "--", argv)
     try:
-        outcome = app(argv, prog_name=PROGRAM, standalone_mode=False, obj=console)
+        outcome = app(argv or ["--help"], prog_name=PROGRAM, standalone_mode=False, obj=console)
     except MbqError as error:
         return console.fail(error)
     except typer.TyperException as error:
         return console.fail(usage_error(error, argv))
     except (KeyboardInterrupt, typer.Abort):
         outcome = EXIT_INTERRUPTED
+    except (
+        SystemExit
+    ):  # Typer's own end: a completion was printed, or the reader of a pipe has gone
+        outcome = EXIT_OK
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         outcome = EXIT_OK
@@ -212,7 +230,7 @@ def usage_error(error: typer.TyperException, argv: Sequence[str]) -> UsageError:
 
 def _typed(argv: Sequence[str], names: Sequence[str]) -> str:
     """Return what was typed behind an option, or nothing."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in itertools.pairwise([*argv, ""]):
         name, equals, value = word.partition("=")
         if name in names:
             return value if equals else following
@@ -249,9 +267,12 @@ def _cell(value: object) -> str:
 
 
 def _say_interrupted(console: Console) -> None:
-    sys.stderr.write("\ninterrupted, finished work is kept\n")
+    message = "interrupted, finished work is kept"
+    sys.stderr.write(f"\n{message}\n")
     if console.resume:
         sys.stderr.write(f"resume with: {console.resume}\n")
+    if console.as_json:
+        console.interrupted(message)
     sys.stderr.write(f"FAILED  {console.command or PROGRAM}  {EXIT_INTERRUPTED}  interrupted\n")
 
 
@@ -281,12 +302,14 @@ def _crash(error: Exception) -> InternalError:
     versions = [f"{name} {_version_of(name)}" for name in ("torch", "onnx", "numpy")]
     trace = "".join(traceback.format_exception(error))
     path.write_text(f"mbq-export {__version__}\n{'; '.join(versions)}\n{trace}")
-    return InternalError(
+    crash = InternalError(
         "E9001",
         f"{type(error).__name__}: {error}",
         why="this is a bug of ours, not of your input",
         fix=f"report it with {path}",
     )
+    crash.__cause__ = error
+    return crash
 
 
 def _shown(text: str, limit: int | None = SHOWN_CHARACTERS) -> str:

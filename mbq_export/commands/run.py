@@ -130,14 +130,12 @@ def _answer_one(
 ) -> None:
     prompt, pictures = question
     going = session.stream(prompt, pictures, options=wanted)
-    if stream and not console.as_json:
-        for token in going:
-            sys.stdout.write(_printable(token.text))
+    if not console.as_json:
+        for text in (token.text for token in going) if stream else [going.result().text]:
+            sys.stdout.write(_printable(text))
             sys.stdout.flush()
         sys.stdout.write("\n")
     done = going.result()
-    if not stream:
-        console.text(_printable(done.text))
     console.note(done.statistics.line())
     console.finish(_answer(done), what=f"{done.statistics.output_tokens} tokens, {done.reason}")
 

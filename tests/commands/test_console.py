@@ -1,13 +1,15 @@
 """One result, one last line, one JSON document; errors with cause and cure."""
 
+import importlib
 import json
 import logging
 
 import pytest
 import typer
 
-from mbq_export.commands.console import Console, run_guarded, table_lines
+from mbq_export.commands.console import Console, counted, run_guarded, table_lines
 from mbq_export.errors import FormatError, located
+from tests.command_line import run
 
 
 def app_that(act) -> typer.Typer:
@@ -126,3 +128,71 @@ def test_the_same_warning_again_is_counted_not_repeated(
         "warning[MBQ-W1105]: 2 more like one above",
     ]
     assert [warning["text"] for warning in console.warnings] == ["it loops", "it is empty"]
+
+
+def test_wrong_option_is_a_document_too_where_one_was_asked_for() -> None:
+    """Options are not read yet when one is wrong."""
+    for line in (["nonsense"], ["explain"], ["models", "--seed", "many"]):
+        outcome = run(*line)
+        assert (outcome.status, outcome.document["ok"]) == (2, False), line
+        assert outcome.document["error"]["code"] == "MBQ-E2003"
+
+
+def test_wrong_value_is_shown_with_the_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for typed in (["--count", "many"], ["--count=many"]):
+        assert run_guarded(app_that(lambda c: None), ["work", *typed], Console()) == 2
+        shown = capsys.readouterr().err
+        assert "'--count'" in shown
+        assert "(got 'many')" in shown
+
+
+def test_interrupt_is_a_document_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def act(console: Console) -> None:
+        console.resume = "mbq-export build -o x"
+        raise KeyboardInterrupt
+
+    assert run_guarded(app_that(act), ["work"], Console(as_json=True)) == 130
+    document = json.loads(capsys.readouterr().out)
+    assert (document["ok"], document["exit"]) == (False, 130)
+    assert document["error"]["class"] == "interrupted"
+    assert document["error"]["fix"] == ["mbq-export build -o x"]
+
+
+def test_missing_package_is_named_with_the_command_that_installs_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def act(console: Console) -> None:
+        importlib.import_module("no_such_package.inner")
+
+    assert run_guarded(app_that(act), ["work"], Console()) == 3
+    shown = capsys.readouterr().err
+    assert "error[MBQ-E3007]: The Python package no_such_package is not installed." in shown
+    assert 'fix     pip install "mbq-export[cpu]"' in shown
+
+
+def test_debug_adds_the_traceback_of_the_bug_itself(
+    capsys: pytest.CaptureFixture[str], tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mbq_export.commands.console.gettempdir", lambda: str(tmp_path))
+
+    def act(console: Console) -> None:
+        raise ZeroDivisionError("one by zero")
+
+    assert run_guarded(app_that(act), ["work"], Console(debug=True)) == 70
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert "in act" in shown
+
+
+@pytest.mark.parametrize(
+    ("things", "text"), [([], "0 checks"), ([1], "1 check"), ([1, 2], "2 checks")]
+)
+def test_count_agrees_with_its_noun(things: list[int], text: str) -> None:
+    assert counted(things, "check") == text
+
+
+def test_table_shows_four_digits_and_a_dash_for_nothing() -> None:
+    assert table_lines(("r", "alpha"), [(0.123456, None), (None, 0.5)])[2:] == [
+        "0.1235      -",
+        "     -    0.5",
+    ]

@@ -1,0 +1,81 @@
+"""`calibrate`: a folder of channel scales, or nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from mbq_export.channel_scales import ChannelScales
+from tests.command_line import run, tell
+
+DATA = ("--data", "builtin:shapes", "--samples", "2", "--group-size", "64")
+
+
+def test_scales_are_written_and_the_ratios_shown(model: Path, tmp_path: Path) -> None:
+    outcome = tell("calibrate", "--model", model, *DATA, "-o", tmp_path / "scales")
+    assert outcome.status == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert lines[0].split("  ")[0] == "layer"
+    assert "mlp.down_proj" in lines[8]
+    assert lines[-1] == f"OK  calibrate  {tmp_path / 'scales'}  8 units"
+    assert [path.name for path in tmp_path.iterdir()] == ["scales"]
+    assert len(ChannelScales.read(tmp_path / "scales").scales) == 6
+
+
+def test_result_says_what_it_was_made_of(model: Path, tmp_path: Path) -> None:
+    outcome = run("calibrate", "--model", model, *DATA, "--method", "awq", "-o", tmp_path / "s")
+    result = outcome.document["result"]
+    assert result["calibration"] == str(tmp_path / "s")
+    assert result["data"]["samples"] == 2
+    assert {unit["unit"] for unit in result["units"]} == {"qkv", "o", "gate_up", "down"}
+
+
+@pytest.mark.parametrize("method", ["awq", "rtn"])
+def test_method_without_gradients_says_so(model: Path, tmp_path: Path, method: str) -> None:
+    line = ("--method", method, "-o", tmp_path / "scales")
+    outcome = tell("calibrate", "--model", model, *DATA, *line)
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.startswith(f"--method {method} asks for no gradients\nOK  calibrate  ")
+
+
+def test_old_scales_are_replaced_only_when_asked(model: Path, tmp_path: Path) -> None:
+    line = ("calibrate", "--model", model, *DATA, "-o", tmp_path / "scales")
+    assert run(*line).status == 0
+    refused = run(*line, "--seed", "1")
+    assert (refused.status, refused.code) == (2, "E2011")
+    assert run(*line, "--seed", "1", "--force").status == 0
+    assert ChannelScales.read(tmp_path / "scales").calib["seed"] == 1
+
+
+def test_a_bundle_is_never_taken_for_old_scales(model: Path, bundle: Path) -> None:
+    before = sorted(path.name for path in bundle.iterdir())
+    outcome = run("calibrate", "--model", model, *DATA, "-o", bundle, "--force")
+    assert (outcome.status, outcome.code) == (2, "E2011")
+    assert "no output of this command" in outcome.document["error"]["message"]
+    assert sorted(path.name for path in bundle.iterdir()) == before
+
+
+def test_the_work_of_a_build_in_the_same_place_is_kept(model: Path, tmp_path: Path) -> None:
+    state = tmp_path / "out.partial" / "state.json"
+    state.parent.mkdir()
+    state.write_text("{}")
+    outcome = run("calibrate", "--model", model, *DATA, "-o", tmp_path / "out")
+    assert (outcome.status, outcome.code) == (2, "E2011")
+    assert state.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "code", "words"),
+    [
+        (["--wbits", "16"], 2, "E2005", "--wbits 16 has nothing to calibrate."),
+        (["--group-size", "48"], 2, "E2004", "Group size 48 does not divide"),
+        (["--method", "gptq"], 2, "E2001", "Unknown method 'gptq'."),
+        (["--data", "nope.jsonl"], 4, "E4301", "There is no file 'nope.jsonl'"),
+    ],
+)
+def test_wrong_request_leaves_nothing(
+    model: Path, tmp_path: Path, line: list[str], status: int, code: str, words: str
+) -> None:
+    outcome = run("calibrate", "--model", model, *DATA, *line, "-o", tmp_path / "scales")
+    assert (outcome.status, outcome.code) == (status, code)
+    assert words in outcome.document["error"]["message"]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,46 @@
+"""`doctor`: a table, a verdict per use, and an error only where one use was asked about."""
+
+from pathlib import Path
+
+from tests.command_line import run, tell
+
+USES = ["build", "build:rtx", "validate", "run", "bench"]
+
+
+def test_checks_fit_a_table_and_the_last_line_says_what_works() -> None:
+    outcome = tell("doctor")
+    assert outcome.status == 0
+    lines = outcome.out.splitlines()
+    assert lines[0].split() == ["check", "status", "found"]
+    assert {"python", "packages", "onnxruntime", "disk"} <= {line.split()[0] for line in lines[2:9]}
+    assert lines[-1].startswith("OK  doctor  build ")
+    assert [word.rpartition(" ")[0] for word in lines[-1].split("  ")[2].split(", ")] == USES
+
+
+def test_result_has_a_row_per_check_and_a_truth_per_use() -> None:
+    result = run("doctor").document["result"]
+    assert set(result["can"]) == set(USES)
+    assert all(set(row) == {"id", "found", "needed", "status", "fix"} for row in result["checks"])
+
+
+def test_unknown_use_lists_the_known() -> None:
+    outcome = run("doctor", "--for", "fly")
+    assert (outcome.status, outcome.code) == (2, "E2001")
+    assert "build:rtx" in outcome.document["error"]["why"]
+
+
+def test_damaged_bundle_cannot_be_run_and_its_fix_is_shown(bundle: Path, tmp_path: Path) -> None:
+    assert run("doctor", "--for", "run", "--bundle", bundle).status == 0
+    outcome = tell("doctor", "--for", "run", "--bundle", tmp_path / "no")
+    assert outcome.status == 3
+    assert "fail  bundle: needed a sealed bundle\n  fix  mbq-export build" in outcome.out
+    assert (
+        outcome.err.splitlines()[-1] == "FAILED  doctor  MBQ-E3015  run cannot work here: bundle."
+    )
+
+
+def test_place_below_a_file_is_no_place_for_output(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    outcome = run("doctor", "--for", "build", "-o", tmp_path / "file" / "out")
+    assert (outcome.status, outcome.code) == (3, "E3015")
+    assert "not writable" in outcome.document["error"]["why"]

@@ -1,0 +1,35 @@
+"""One tiny model and one bundle of it for all tests that need any, made when first asked for."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import Outcome, run
+from tests.tiny import Tiny, write_tiny
+
+SHORT_BUILD = (
+    *("--group-size", "64", "--data", "builtin:shapes", "--samples", "4", "--target", "cpu"),
+    *("--gate", "off", "--gate-reason", "random weights"),
+)
+"""Options of a short build; its gates are tested where they are the point."""
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder to read, not to change."""
+    return write_tiny(tmp_path_factory.mktemp("model"), Tiny(tied=False, walks=True))
+
+
+@pytest.fixture(scope="session")
+def built(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """A bundle with both lowerings, and what the command said."""
+    out = tmp_path_factory.mktemp("built") / "bundle"
+    return out, run("build", "--model", model, *SHORT_BUILD, "-o", out)
+
+
+@pytest.fixture(scope="session")
+def bundle(built: tuple[Path, Outcome]) -> Path:
+    """A bundle folder to read, not to change."""
+    folder, outcome = built
+    assert outcome.status == 0, outcome.err
+    return folder
