@@ -45,6 +45,7 @@ class Setup:
         bundle: The bundle.
         backend: Name of a backend.
         lowering: Form of the decoder graph; the torch backend has none.
+        dtype: Type of its activations, ``fp32`` or ``fp16``.
         threads: CPU threads; 0 takes all.
         accuracy_level: Of ONNX Runtime's 4-bit products; 0 is exact.
     """
@@ -52,6 +53,7 @@ class Setup:
     bundle: Bundle
     backend: str = "ort"
     lowering: str = "qdq"
+    dtype: str = "fp32"
     threads: int = 0
     accuracy_level: int = 0
 
@@ -66,6 +68,7 @@ class Setup:
             self.bundle,
             backend=self.backend,
             lowering=self.lowering,
+            dtype=self.dtype,
             threads=self.threads,
             accuracy_level=self.accuracy_level,
         )
@@ -213,7 +216,7 @@ def _with_decoder(session: Session, decoder: Engine) -> Iterator[Session]:
 
 
 def _tapped_decoder(setup: Setup, names: Sequence[str]) -> Engine:
-    file = graph_record(setup.bundle, DECODER, lowering=setup.lowering)["file"]
+    file = graph_record(setup.bundle, DECODER, dtype=setup.dtype, lowering=setup.lowering)["file"]
     path = setup.bundle.onnx / file
     return open_graph(
         path,

@@ -53,8 +53,7 @@ PARITY_FP32: Final = Gates(
     linear_error=1e-4,
 )
 
-# Half precision rounds every activation to 11 bits: 5e-4 each, some tens of roundings deep. A bfloat16 engine
-# is held to the same limits; it has not been run.
+# Half precision rounds every activation to 11 bits: 5e-4 each, some tens of roundings deep.
 PARITY_FP16: Final = Gates(
     name="parity-fp16",
     cosine_mean=0.999,
@@ -85,7 +84,7 @@ QUALITY_W3: Final = Gates(
     divergence_mean=0.20,
 )
 
-PARITY: Final = {"fp32": PARITY_FP32, "fp16": PARITY_FP16, "bf16": PARITY_FP16}
+PARITY: Final = {"fp32": PARITY_FP32, "fp16": PARITY_FP16}
 """Gates of a graph by the element type of its activations."""
 
 QUALITY: Final = {3: QUALITY_W3, 4: QUALITY_W4}

@@ -36,7 +36,7 @@ from mbq_export.evaluate.tokens import (
 )
 from mbq_export.evaluate.tolerances import (
     BUILD_PROMPTS,
-    PARITY_FP32,
+    PARITY,
     QUALITY,
     REFERENCE_PROMPTS,
 )
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mbq_export.bundle import Bundle
+    from mbq_export.evaluate.tolerances import Gates
     from mbq_export.families.inputs import ModelInputs
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Validation:
         tiers: Some of `TIERS`, run in that order.
         backend: Name of a backend.
         lowering: Form of the decoder graph; the torch backend has none and ignores it.
+        dtype: Type of its activations, ``fp32`` or ``fp16``; decides the gates of parity.
         samples: Teacher-forced samples of the numeric tier.
         prompts: Prompts of the tokens tier; None takes as many as ``samples``.
         new_tokens: Longest free answer.
@@ -82,6 +84,7 @@ class Validation:
     tiers: tuple[str, ...] = DEFAULT_TIERS
     backend: str = "ort"
     lowering: str = "qdq"
+    dtype: str = "fp32"
     samples: int = 8
     prompts: int | None = None
     new_tokens: int = 32
@@ -106,11 +109,11 @@ def validate(
         progress: Called between samples, over all tiers.
 
     Raises:
-        UsageError: E2001 for an unknown tier, backend or lowering.
+        UsageError: E2001 for an unknown tier, dtype, backend or lowering.
         MachineError: E3003 if the backend is not here.
     """
     chosen = validation or Validation()
-    _check_tiers(chosen.tiers)
+    _check_known(chosen)
     BACKENDS[chosen.backend]  # refuses an unknown name before any work
     run = _Run(bundle=bundle, validation=chosen, progress=progress)
     for tier in TIERS:
@@ -190,8 +193,13 @@ class _Run:
             bundle=self.bundle,
             backend=chosen.backend,
             lowering=chosen.lowering,
+            dtype=chosen.dtype,
             threads=chosen.threads,
         )
+
+    @property
+    def gates(self) -> Gates:
+        return PARITY[self.validation.dtype]
 
     def structure(self) -> None:
         """Check every file, without running anything."""
@@ -207,7 +215,7 @@ class _Run:
             self.setup,
             self.oracle,
             samples,
-            gates=PARITY_FP32,
+            gates=self.gates,
             tensors=chosen.tensors,
             progress=self.progress,
         )
@@ -241,10 +249,10 @@ class _Run:
                 side,
                 samples,
                 new_tokens=chosen.new_tokens,
-                gates=PARITY_FP32,
+                gates=self.gates,
                 progress=self.progress,
             )
-        self.checks += token_checks(results, PARITY_FP32)
+        self.checks += token_checks(results, self.gates)
         self.measurements += token_measurements(results)
 
     def task(self) -> None:
@@ -282,6 +290,7 @@ class _Run:
                 "sha256": self.bundle.sha256,
                 "backend": self.validation.backend,
                 "lowering": self.validation.lowering,
+                "dtype": self.validation.dtype,
             },
             details={
                 "first_bad": None,
@@ -328,15 +337,20 @@ def _joined(main: Report, second: Report, name: str) -> Report:
     )
 
 
-def _check_tiers(tiers: Sequence[str]) -> None:
-    unknown = [tier for tier in tiers if tier not in TIERS]
-    if unknown:
-        raise UsageError(
-            "E2001",
-            f"Unknown tier {unknown[0]!r}.",
-            why=f"known: {', '.join(TIERS)}, all",
-            fix=f"--tier {DEFAULT_TIERS[-1]}",
-        )
+def _check_known(validation: Validation) -> None:
+    """Refuse names that mean nothing; backend and lowering are looked up where they are opened."""
+    for what, names, known in (
+        ("tier", validation.tiers, TIERS),
+        ("dtype", (validation.dtype,), tuple(PARITY)),
+    ):
+        for name in names:
+            if name not in known:
+                raise UsageError(
+                    "E2001",
+                    f"Unknown {what} {name!r}.",
+                    why=f"known: {', '.join(known)}",
+                    fix=f"use {known[0]}",
+                )
 
 
 def _code(check: Check) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from mbq_export.errors import MbqError, UsageError
 from mbq_export.evaluate import validate as validation_module
+from mbq_export.evaluate.tolerances import PARITY_FP32
 from mbq_export.evaluate.validate import (
     Validation,
     by_tier,
@@ -15,6 +16,7 @@ from mbq_export.evaluate.validate import (
     validate,
     validate_build,
 )
+from mbq_export.export import GraphForm
 from mbq_export.report import Check, Report
 from tests.evaluate.bundles import sample_bundle, tiny_bundle
 from tests.evaluate.planted import GRAPHS, planted, wrong_scale
@@ -153,10 +155,31 @@ def test_unquantized_baseline_is_checked_like_any_bundle(tmp_path: Path) -> None
     assert report.passed
 
 
-def test_unknown_tier_lists_the_known() -> None:
-    with pytest.raises(UsageError, match="Unknown tier 'numbers'") as caught:
-        validate(tiny_bundle(), Validation(tiers=("numbers",)))
-    assert caught.value.why == "known: structure, numeric, tokens, task, all"
+def test_half_precision_is_within_its_own_gates_and_not_those_of_float32(tmp_path: Path) -> None:
+    half = GraphForm(lowering="qdq", target="ort", dtype="fp16")
+    bundle = rounded_bundle(tmp_path / "half", tiny_model(), forms=(half,))
+    few = {"tiers": ("numeric",), "samples": 2, "threads": 1}
+    report = validate(bundle, Validation(dtype="fp16", **few))
+    assert failure(report) is None
+    error = max(check.value for check in report.checks if check.name == "parity.relative_error")
+    assert error > PARITY_FP32.relative_error
+
+
+@pytest.mark.parametrize(
+    ("validation", "message", "known"),
+    [
+        (
+            Validation(tiers=("numbers",)),
+            "Unknown tier 'numbers'.",
+            "known: structure, numeric, tokens, task",
+        ),
+        (Validation(dtype="int8"), "Unknown dtype 'int8'.", "known: fp32, fp16"),
+    ],
+)
+def test_unknown_names_list_the_known(validation: Validation, message: str, known: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        validate(tiny_bundle(), validation)
+    assert (caught.value.message, caught.value.why) == (message, known)
 
 
 @pytest.mark.parametrize(
