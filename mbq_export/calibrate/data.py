@@ -318,7 +318,8 @@ class _Choice:
             )
             raise FormatError(
                 self.bad[0].code,
-                f"{len(self.bad)} samples have pictures that cannot be used: {listed}",
+                f"{'1 sample has' if len(self.bad) == 1 else f'{len(self.bad)} samples have'} pictures that "
+                f"cannot be used: {listed}",
                 why=self.bad[0].why,
                 fix=("mend or remove the lines", f"--skip-bad {len(self.bad)}"),
             )

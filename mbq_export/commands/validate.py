@@ -1,5 +1,6 @@
 """Check a bundle: files, numbers per layer and modality, tokens, tasks."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -80,8 +81,9 @@ def command(
         new_tokens=new_tokens,
         threads=threads,
         tensors=results,
-        **({} if samples is None else {"samples": samples, "prompts": samples}),
     )
+    if samples is not None:
+        validation = replace(validation, samples=samples, prompts=samples)
     with console.progress("validate") as progress:
         report = validate(opened, validation, progress=progress)
     if results is not None:

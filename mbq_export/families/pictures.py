@@ -45,7 +45,7 @@ def read_picture(path: Path) -> "Image":
             image.seek(0)
             return as_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
-        raise _too_large(path.name, str(error).partition(",")[0]) from error
+        raise _too_large(path.name, str(error).partition(" exceeds")[0]) from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as error:
         raise FormatError(
             "E4304",

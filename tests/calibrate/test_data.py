@@ -141,7 +141,7 @@ def test_unusable_picture_is_named_with_its_line(tmp_path: Path, kind: str) -> N
     elif kind != "missing":
         bad.write_bytes({"empty": b"", "text": b"hello", "truncated": content[:-60]}[kind])
     with pytest.raises(
-        FormatError, match=r"1 samples have pictures that cannot be used: line 4: .*3\.png"
+        FormatError, match=r"1 sample has pictures that cannot be used: line 4: .*3\.png"
     ) as caught:
         read_manifest(path, samples=3, held_out=2)
     assert caught.value.code == "E4304"
