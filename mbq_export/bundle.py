@@ -120,7 +120,9 @@ def seal(root: Path, facts: dict[str, Any], provenance: dict[str, Any]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def damaged_files(root: Path, records: list[dict[str, Any]], progress: Progress = silent) -> list[str]:
+def damaged_files(
+    root: Path, records: list[dict[str, Any]], progress: Progress = silent
+) -> list[str]:
     """List what differs from the records, one readable line per file."""
     found = []
     for index, record in enumerate(records, 1):
@@ -128,7 +130,9 @@ def damaged_files(root: Path, records: list[dict[str, Any]], progress: Progress 
         if not path.is_file():
             found.append(f"{record['path']}: missing")
         elif path.stat().st_size != record["bytes"]:
-            found.append(f"{record['path']}: {path.stat().st_size} bytes, expected {record['bytes']}")
+            found.append(
+                f"{record['path']}: {path.stat().st_size} bytes, expected {record['bytes']}"
+            )
         elif sha256_of(path) != record["sha256"]:
             found.append(f"{record['path']}: content changed")
         progress(index, len(records), record["path"])
@@ -138,14 +142,19 @@ def damaged_files(root: Path, records: list[dict[str, Any]], progress: Progress 
 def unlisted_files(root: Path, records: list[dict[str, Any]]) -> list[str]:
     """List files that no record names."""
     listed = {record["path"] for record in records} | {MANIFEST, PROVENANCE}
-    files = (path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file())
+    files = (
+        path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()
+    )
     return [path for path in files if path not in listed and path.split("/")[0] not in VOLATILE]
 
 
 def _no_bundle(root: Path) -> FormatError:
     build = "mbq-export build --model MODEL -o DIR"
     if not root.exists() and partial_path(root).is_dir():
-        why, fix = f"its build has not finished: {partial_path(root)}", f"run the same {build} again"
+        why, fix = (
+            f"its build has not finished: {partial_path(root)}",
+            f"run the same {build} again",
+        )
     else:
         why, fix = "a bundle is a folder that build has sealed", build
     found = f"{root} has no {MANIFEST}" if root.exists() else f"There is no bundle {root}"
@@ -194,7 +203,9 @@ def _is_record(record: object) -> bool:
     )
 
 
-def _check_files(root: Path, records: list[dict[str, Any]], *, verify: bool, progress: Progress) -> None:
+def _check_files(
+    root: Path, records: list[dict[str, Any]], *, verify: bool, progress: Progress
+) -> None:
     missing = [record["path"] for record in records if not (root / record["path"]).exists()]
     if missing:
         raise FormatError(
@@ -205,7 +216,9 @@ def _check_files(root: Path, records: list[dict[str, Any]], *, verify: bool, pro
         )
     for record in records:
         contained(root, record["path"], code="E4605")
-    wrong_size = [record for record in records if (root / record["path"]).stat().st_size != record["bytes"]]
+    wrong_size = [
+        record for record in records if (root / record["path"]).stat().st_size != record["bytes"]
+    ]
     damaged = damaged_files(root, records if verify else wrong_size, progress)
     if damaged:
         raise FormatError(
