@@ -110,7 +110,13 @@ def test_contains_wants_whole_words() -> None:
 
 def choice(*choices: str, answer: str) -> Question:
     return Question(
-        name="1", cluster="1", image=None, prompt="?", answers=(answer,), score="choice", choices=choices
+        name="1",
+        cluster="1",
+        image=None,
+        prompt="?",
+        answers=(answer,),
+        score="choice",
+        choices=choices,
     )
 
 
