@@ -213,6 +213,7 @@ def setup(options: argparse.Namespace) -> dict[str, Any]:
             **{name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
         },
         "code": code_revision(),
+        "remark": options.remark,
     }
 
 
@@ -231,6 +232,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("build/quality"))
     parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--remark", default="", help="what a reader must know about this run")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     # Rows of other code are not mixed with new ones.

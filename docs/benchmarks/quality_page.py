@@ -52,6 +52,8 @@ def page(document: Document) -> str:
             seeds=setup["calibration"]["seeds"],
         )
     ]
+    if setup["remark"]:
+        parts.append(f"**Remark.** {setup['remark']}\n")
     for variant, title in VARIANTS.items():
         own = [row for row in rows if row["variant"] == variant]
         pairs = [pair for pair in document["pairs"] if pair["variant"] == variant]
