@@ -19,7 +19,7 @@ from mbq_export.backends import _trt_flavour, _trt_layers
 from mbq_export.backends._trt_flavour import Installed
 from mbq_export.backends._trt_job import JOB, LOG, PLAN, Job, Result
 from mbq_export.backends._trt_layers import LayerTable, profile_shapes
-from mbq_export.backends._trt_outcome import Story, checked
+from mbq_export.backends._trt_outcome import Story, checked, keep_logs
 from mbq_export.backends.base import (
     Availability,
     EngineFile,
@@ -27,7 +27,14 @@ from mbq_export.backends.base import (
     EngineRecord,
     EngineRequest,
 )
-from mbq_export.errors import FormatError, MachineError, ResourceError, UsageError, located
+from mbq_export.errors import (
+    BuildError,
+    FormatError,
+    MachineError,
+    ResourceError,
+    UsageError,
+    located,
+)
 from mbq_export.native import PROBE_TIMEOUT_S, available_memory, local_gpu, run_child
 from mbq_export.progress import Progress, silent
 from mbq_export.reading import sha256_of
@@ -260,8 +267,7 @@ def _one_engine(
         for warning in Story.read(outcome.workdir / LOG).warnings:
             level = logging.INFO if REMINDER in warning else logging.WARNING
             logger.log(level, "tensorrt: %s", warning)
-        with (outcome.workdir / LOG).open(errors="replace") as lines:
-            table = LayerTable.parse(lines)
+        table = _table(outcome.workdir, logs)
         path = folder / f"{graph.name}.engine"
         (outcome.workdir / PLAN).replace(path)
     engine = EngineFile(
@@ -275,6 +281,16 @@ def _one_engine(
     )
     logger.info("%s: %d bytes, %d layers", path.name, engine.size, engine.layers)
     return engine, table
+
+
+def _table(workdir: Path, logs: Path) -> LayerTable:
+    """Read the layer table of a build; a log that cannot be read is kept."""
+    try:
+        with (workdir / LOG).open(errors="replace") as lines:
+            return LayerTable.parse(lines)
+    except BuildError as error:
+        error.context["logs"] = keep_logs(workdir, logs)
+        raise
 
 
 def _job(

@@ -3,7 +3,7 @@
 Without a GPU an engine cannot be loaded, so there is no inspector. But a verbose build prints the table::
 
     Name: <id>, LayerType: <type>, Inputs: [ {T}, .. ], Constants: [ {T}, .. ], Outputs: [ {T}, .. ],
-        TacticName: <s>, StreamId: <int>, Metadata: [ONNX Layer: a][ONNX Layer: b]
+        TacticName: <s>, StreamId: <int>[, EventId: <int>], Metadata: [ONNX Layer: a][ONNX Layer: b]
     T = Name: <id>, Dimensions: [..], Strides: [..], StrideOrder: [..], Datatype: <type>, Format: ..
     I/O Tensors:
      Name: <id>, IOMode: Input, DataType: <type>, Dimensions: [..], .., ProfileInfo: [ {MinShape: [..], .. }]
@@ -45,7 +45,7 @@ DROPPED_TYPES: Final = frozenset({"Int64", "Int32", "Bool"})
 
 _ROW = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<type>\w+), Inputs: \[(?P<in>.*?)\], Constants: \[(?P<const>.*?)\], "
-    r"Outputs: \[(?P<out>.*?)\], TacticName: (?P<tactic>.*?), StreamId: -?\d+, Metadata: (?P<meta>.*)$"
+    r"Outputs: \[(?P<out>.*?)\], TacticName: (?P<tactic>.*?), StreamId: -?\d+(?:, \w+: -?\w+)*, Metadata:(?P<meta>.*)$"
 )
 _TENSOR = re.compile(
     r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[^\]]*)\], .*?Datatype: (?P<type>\w+), "

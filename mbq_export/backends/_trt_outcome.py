@@ -12,6 +12,7 @@ it left without a result     E9001, our bug
 import contextlib
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -38,8 +39,10 @@ MEMORY_WORDS: Final = (
     "out of memory",
     "Cannot allocate memory",
     "Resource temporarily unavailable",
+    "MemoryError",
+    "can't start new thread",
 )
-"""How the builder says that an allocation, or a thread's stack, was refused."""
+"""How the builder and Python say that an allocation, or a thread's stack, was refused."""
 
 NO_DRIVER: Final = "cudaError 35"
 """TensorRT for RTX asks for a driver in passing and logs its absence as an error; building needs none."""
@@ -167,12 +170,12 @@ def checked(job: Job, child: ChildResult, *, timeout_s: float, logs: Path | None
     result = Result.read(job.workdir)
     if result is not None and not result.kind:
         return result
-    story, kept = Story.read(child.log), _keep_logs(job.workdir, logs)
+    story, kept = Story.read(child.log), keep_logs(job.workdir, logs)
     if result is not None:
         raise _refusal(job, result, story, kept)
     if child.timed_out:
         raise _timeout(story, timeout_s, kept)
-    if child.signal is None:
+    if child.signal is None and not _is_memory(child.tail()):
         raise InternalError(
             "E9001",
             f"The TensorRT child left with status {child.status} and without a result.",
@@ -184,8 +187,8 @@ def checked(job: Job, child: ChildResult, *, timeout_s: float, logs: Path | None
 
 def _refusal(job: Job, result: Result, story: Story, kept: str) -> MbqError:
     """TensorRT, or our check of what it returned, said no."""
-    memory = any(word in line for line in story.errors for word in MEMORY_WORDS)
-    kind = "trt-memory" if memory and result.kind == "trt-build" else result.kind
+    memory = result.kind == "trt-build" and _is_memory(story.errors)
+    kind = "trt-memory" if memory else result.kind
     meaning = MEANINGS[kind]
     details = result.details or story.errors
     quoted = "; ".join(_one_line(each) for each in details[:QUOTED])
@@ -210,15 +213,19 @@ def _timeout(story: Story, timeout_s: float, kept: str) -> ResourceError:
 
 
 def _death(job: Job, child: ChildResult, story: Story, kept: str) -> MbqError:
-    """A signal that we did not send ended the child."""
+    """A signal that we did not send ended the child, or it left because an allocation failed."""
     words = "\n".join(child.tail())
     context: dict[str, Any] = {"signal": child.signal, "stage": story.stage, "logs": kept}
-    if child.signal == "SIGKILL":
+    if child.signal == "SIGKILL" or _is_memory(child.tail()):
         peak = child.peak_rss_bytes / 2**30
+        killed = child.signal == "SIGKILL"
         return ResourceError(
             "E5004",
-            f"TensorRT was killed in {story.stage}, having used {peak:.1f} GiB.",
-            why="the kernel kills what takes too much memory, and says so only in its own log",
+            f"TensorRT {'was killed' if killed else 'ran out of memory'} in {story.stage}, "
+            f"having used {peak:.1f} GiB.",
+            why="the kernel kills what takes too much memory, and says so only in its own log"
+            if killed
+            else _last_words(child),
             fix=("close other programs", "build on a larger machine"),
             context=context,
         )
@@ -239,7 +246,12 @@ def _death(job: Job, child: ChildResult, story: Story, kept: str) -> MbqError:
     )
 
 
-def _keep_logs(workdir: Path, logs: Path | None) -> str:
+def _is_memory(lines: Sequence[str]) -> bool:
+    """Whether one of the lines complains of memory."""
+    return any(word in line for line in lines for word in MEMORY_WORDS)
+
+
+def keep_logs(workdir: Path, logs: Path | None) -> str:
     """Copy the logs out of the folder that vanishes; return where they are, or nothing."""
     if logs is None:
         return ""

@@ -148,6 +148,20 @@ def test_crash_keeps_the_old_output_and_the_logs(tmp_path: Path) -> None:
 
 
 @pytest.mark.trt
+def test_unreadable_layer_table_publishes_nothing_and_keeps_the_log(tmp_path: Path) -> None:
+    code = "from mbq_export.backends._trt_job import *; from pathlib import Path\n"
+    code += "print('[TRT] [V] Engine generation completed', flush=True); Result().write(Path())"
+    with pytest.raises(MbqError, match="0 layers and 0 inputs and outputs") as error:
+        _tensorrt.build(
+            "rtx", request(trt_graphs.relu(tmp_path), out=tmp_path / "sm89"), worker=dies(code)
+        )
+    assert error.value.code == "E6012"
+    logs = Path(str(error.value.context["logs"]))
+    assert "Engine generation" in (logs / "native.log").read_text()
+    assert not (tmp_path / "sm89").exists()
+
+
+@pytest.mark.trt
 def test_old_output_is_replaced_by_the_new(built: Path, tmp_path: Path) -> None:
     out = tmp_path / "sm89"
     out.mkdir()

@@ -82,6 +82,16 @@ def test_node_names_are_split_with_and_without_a_separator() -> None:
         assert table.layers[0].onnx == ("one", "two")
 
 
+def test_row_of_a_second_stream_names_its_event() -> None:
+    """As printed for a decoder of 24 layers."""
+    line = (
+        "Name: __mye205441_myl0_4, LayerType: signal, Inputs: [], Constants: [], Outputs: [], "
+        "TacticName: , StreamId: 0, EventId: 1, Metadata:"
+    )
+    table = LayerTable.parse([line, *lines_of("packed")])
+    assert (table.layers[0].type, table.layers[0].onnx) == ("signal", ())
+
+
 def test_packed_engine_passes_every_check(graph: EngineGraph) -> None:
     assert verdicts(table_of("packed"), graph) == {
         "A2": True,

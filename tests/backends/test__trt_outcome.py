@@ -106,6 +106,21 @@ def test_kill_by_somebody_else_is_memory(tmp_path: Path) -> None:
     assert "memory" in error.why
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ('os.write(2, b"what():  std::bad_alloc\\n"); os.abort()', "std::bad_alloc"),
+        ("raise MemoryError", "MemoryError"),
+        ('raise RuntimeError("can\'t start new thread")', "can't start new thread"),
+    ],
+)
+def test_death_for_want_of_memory_is_memory(tmp_path: Path, code: str, words: str) -> None:
+    error = failure(tmp_path, SAY + code)
+    assert error.code == "E5004"
+    assert error.message.startswith("TensorRT ran out of memory in build, having used")
+    assert words in error.why
+
+
 def test_hung_child_is_ended_and_the_option_named(tmp_path: Path) -> None:
     started = time.monotonic()
     error = failure(tmp_path, SAY + "import time\ntime.sleep(60)", timeout_s=3)

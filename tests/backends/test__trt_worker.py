@@ -126,11 +126,12 @@ def test_device_without_code_in_the_library(tmp_path: Path) -> None:
 
 
 def test_builder_that_runs_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit is real: the builder's own allocation fails in the child."""
+    """The limit is real: the builder's own allocation of the weights fails in the child."""
     monkeypatch.setattr(_tensorrt, "available_memory", lambda: 0)
-    monkeypatch.setattr(_tensorrt, "ADDRESS_SPACE_MARGIN", 500 << 20)
-    error = refusal(job_for(trt_graphs.decoder_block(tmp_path), tmp_path / "work"))
+    monkeypatch.setattr(_tensorrt, "ADDRESS_SPACE_MARGIN", 900 << 20)
+    error = refusal(job_for(trt_graphs.wide(tmp_path, columns=8_000_000), tmp_path / "work"))
     assert error.code == "E5004"
+    assert error.message.startswith("The builder returned no engine.")
 
 
 def test_library_path_without_the_link_is_found_before_the_parser_aborts(tmp_path: Path) -> None:

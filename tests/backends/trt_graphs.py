@@ -117,6 +117,16 @@ def relu(folder: Path, *, op: str = "Relu", name: str = "vision") -> EngineGraph
     return save(graph, draft)
 
 
+def wide(folder: Path, *, columns: int) -> EngineGraph:
+    """x . w with 16 bytes of fp16 weights per column."""
+    draft = Draft()
+    draft.constant("w", np.ones((8, columns), np.float16))
+    draft.node("MatMul", ["x", "w"], "y")
+    graph = relu(folder)
+    output = TensorSpec(name="y", dtype="float16", shape=("rows", columns))
+    return save(replace(graph, outputs=(output,)), draft)
+
+
 def fp32_attention(folder: Path) -> EngineGraph:
     """A graph that the parser reads and for which TensorRT for RTX has no kernel."""
     draft = Draft()
