@@ -25,7 +25,7 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,rtx,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,rtx,triton,dev]'
 	touch $@
 
 setup: $(VENV)/dev.stamp
@@ -52,7 +52,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PYTHONPATH=. $(BIN)/lint-imports
+	PYTHONPATH=.:kernels $(BIN)/lint-imports
 	$(BIN)/codespell
 
 fmt: setup
