@@ -14,6 +14,7 @@ from mbq_export.errors import MachineError, UsageError
 from mbq_export.families.base import TextShape, VisionShape
 from mbq_export.families.locate import SHIPPED
 from mbq_export.native import local_gpu
+from mbq_export.quantize import check_scheme
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import QuantScheme
 from mbq_export.target import AUTO, SERVED, Target
@@ -84,10 +85,16 @@ def scheme_of(request: BuildRequest) -> QuantScheme | None:
     """Return the scheme that the width and the name agree on; None for the unquantized baseline.
 
     Raises:
-        UsageError: E2001, E2002, E2005.
+        UsageError: E2001, E2002, E2005, E2006.
     """
-    by_bits = {scheme.weight_bits: scheme for scheme in SCHEMES.members().values()}
+    by_bits = {
+        scheme.weight_bits: scheme
+        for scheme in SCHEMES.members().values()
+        if scheme.act_bits == UNQUANTIZED_BITS
+    }
     named = None if request.scheme is None else SCHEMES[request.scheme]
+    if named is not None:
+        check_scheme(named)
     if named is not None and request.weight_bits not in {None, named.weight_bits}:
         raise UsageError(
             "E2002",

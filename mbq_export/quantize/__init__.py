@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mbq_export import __version__
 from mbq_export.blocks.stream import BlockStream
 from mbq_export.checkpoint import CONFIG_FILE, KEPT, SCHEMA, SCHEMA_MAJOR, QuantCheckpoint
-from mbq_export.errors import FormatError, InternalError, located
+from mbq_export.errors import FormatError, InternalError, UsageError, located
 from mbq_export.progress import Progress, silent
 from mbq_export.quantize.apply import (
     QuantizedBlock,
@@ -65,7 +65,7 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
         progress: Called after each block.
 
     Raises:
-        UsageError: E2004 naming the linear if the group size does not divide its inputs.
+        UsageError: E2004 naming the linear if the group size does not divide its inputs, E2006 as `check_scheme`.
         FormatError: E4110 or E4112 naming the tensor, E4314 for a scale that fits no unit.
         ResourceError: E5001 or E5008.
     """
@@ -74,6 +74,8 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
         group_size=group_size if scheme else 0,
         compat=scales.switches.compat == "mbq",
     )
+    if scheme:
+        check_scheme(scheme)
     stream = BlockStream(model)
     _check_groups(model, rounding)
     _check_blocks(scales, len(stream))
@@ -149,6 +151,21 @@ def _rest(model: LoadedModel) -> dict[str, Tensor]:
         for name, tensor in model.module.state_dict().items()
         if not name.startswith(inside) and not (model.text.tied_head and name == head)
     }
+
+
+def check_scheme(scheme: QuantScheme) -> None:
+    """Refuse a number format that nothing downstream of a checkpoint could use.
+
+    Raises:
+        UsageError: E2006 for a scheme that rounds activations: no graph holds it yet.
+    """
+    if scheme.act_bits != FULL_PRECISION_BITS:
+        raise UsageError(
+            "E2006",
+            f"No graph holds {scheme.name} yet.",
+            why=f"its kernels round activations to {scheme.act_bits} bits, and no lowering of that is built",
+            fix=("--scheme w3a16", "--scheme w4a16"),
+        )
 
 
 def _check_groups(model: LoadedModel, rounding: Rounding) -> None:

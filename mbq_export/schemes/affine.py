@@ -6,6 +6,11 @@
     u  = clamp(rint(w / s) + z, 0, L)                 L = 2**bits - 1
     w' = (u - z) * s
 
+Symmetric schemes have no zero points; per channel the scale stays float32, in groups it is rounded to fp16 as above:
+
+    s  = max(max |w|, 1e-5) / P    or    fp16(max(max |w| / P, 2**-14))      P = 2**(bits - 1) - 1
+    u  = clamp(rint(w / s), -P - 1, P) + P + 1
+
 Computes in float32 whatever the input; rounding is half to even. The compatible rule of the published MBQ
 code (thu-nics/MBQ, ``pseudo_quantize_tensor``) leaves zero out of the range, takes the scale in the tensor's
 own dtype and does not round it again: a group that does not straddle zero then saturates.
@@ -17,9 +22,11 @@ import torch
 from torch import Tensor
 
 from mbq_export.errors import FormatError
-from mbq_export.schemes.base import SMALLEST_SCALE, QuantScheme, groups_of
+from mbq_export.schemes.base import CHANNEL, SMALLEST_SCALE, QuantScheme
 
 FP16_LARGEST = 65504.0
+SMALLEST_ABSMAX = 1e-5
+"""Keeps the float32 scale of a channel of zeros above 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +35,8 @@ class Codes:
 
     Attributes:
         codes: (N, K) uint8, each in [0, 2**bits).
-        scales: (N, G) float16; in compatible mode the weight's dtype.
-        zeros: (N, G) uint8.
+        scales: (N, G) float16; per channel (N, 1) float32; in compatible mode the weight's dtype.
+        zeros: (N, G) uint8; the middle code, which is not stored, where the scheme is symmetric.
         clamped: Groups whose scale was raised to the smallest allowed.
     """
 
@@ -47,20 +54,20 @@ class Codes:
 def quantize(
     weight: Tensor, *, scheme: QuantScheme, group_size: int, compat: bool = False
 ) -> Codes:
-    """Round a weight to the nearest code of each group (METHODS 2.1; compatible: 2.5).
+    """Round a weight to the nearest code of each group (METHODS 2.1; compatible: 2.5; symmetric: FORMATS 1.3).
 
     Args:
         weight: (N, K), any floating dtype.
-        scheme: Gives the width of a code.
-        group_size: Columns that share a scale; must divide K.
-        compat: Use the published rule instead of ours.
+        scheme: Gives the width of a code, and whether there are zero points.
+        group_size: Columns that share a scale, or `CHANNEL`; must divide K and be one of the scheme's.
+        compat: Use the published rule instead of ours; asymmetric schemes only.
 
     Raises:
-        UsageError: E2004 if the group size does not divide K.
+        UsageError: E2004 if the group size does not divide K or the scheme does not have it.
         FormatError: E4110 for a value that is not finite, E4112 for a range that fp16 cannot hold.
     """
     rows, columns = weight.shape
-    grouped = weight.reshape(rows, groups_of(columns, group_size), group_size)
+    grouped = weight.reshape(rows, scheme.groups_of(columns, group_size), -1)
     if not torch.isfinite(grouped).all():
         raise FormatError(
             "E4110",
@@ -70,7 +77,11 @@ def quantize(
         )
     # The published rule works in the weight's own dtype, ours in float32.
     exact = grouped if compat else grouped.float()
-    scales, zeros, clamped = (_compat_grid if compat else _grid)(exact, scheme.largest_code)
+    if scheme.symmetric:
+        scales, clamped = _symmetric_grid(exact, scheme, channel=group_size == CHANNEL)
+        zeros = torch.full_like(scales, scheme.middle)
+    else:
+        scales, zeros, clamped = (_compat_grid if compat else _grid)(exact, scheme.largest_code)
     return Codes(
         codes=_codes(exact, scales, zeros, scheme.largest_code).reshape(rows, columns),
         scales=scales,
@@ -91,18 +102,33 @@ def _grid(grouped: Tensor, largest: int) -> tuple[Tensor, Tensor, int]:
     low = grouped.amin(-1).clamp(max=0.0)
     high = grouped.amax(-1).clamp(min=0.0)
     step = (high - low) / largest
-    if float(step.max()) > FP16_LARGEST:
-        raise FormatError(
-            "E4112",
-            f"A group spans {float((high - low).max()):.3g}.",
-            why=f"its scale must fit fp16, so a group may span {FP16_LARGEST * largest:.3g}",
-            fix="check the checkpoint: mbq-export inspect MODEL",
-        )
+    _check_fits_fp16(step, steps=largest)
     # Round the scale first: every consumer multiplies by the fp16 value, so the codes must be chosen
     # against it. 1.0 at s = 0.4 is a tie; at fp16(0.4) it is not.
     scales = step.clamp(min=SMALLEST_SCALE).to(torch.float16)
     zeros = torch.round(-low / scales.float()).clamp(0, largest)
     return scales, zeros, int((step < SMALLEST_SCALE).sum())
+
+
+def _symmetric_grid(grouped: Tensor, scheme: QuantScheme, *, channel: bool) -> tuple[Tensor, int]:
+    absmax = grouped.abs().amax(-1)
+    largest = scheme.middle - 1
+    if channel:
+        return absmax.clamp(min=SMALLEST_ABSMAX) / largest, int((absmax < SMALLEST_ABSMAX).sum())
+    step = absmax / largest
+    _check_fits_fp16(step, steps=2 * largest)
+    return step.clamp(min=SMALLEST_SCALE).to(torch.float16), int((step < SMALLEST_SCALE).sum())
+
+
+def _check_fits_fp16(step: Tensor, *, steps: int) -> None:
+    """Refuse a scale that overflows; a group spans ``steps`` of them."""
+    if float(step.max()) > FP16_LARGEST:
+        raise FormatError(
+            "E4112",
+            f"A group spans {float(step.max()) * steps:.3g}.",
+            why=f"its scale must fit fp16, so a group may span {FP16_LARGEST * steps:.3g}",
+            fix="check the checkpoint: mbq-export inspect MODEL",
+        )
 
 
 def _compat_grid(grouped: Tensor, largest: int) -> tuple[Tensor, Tensor, int]:

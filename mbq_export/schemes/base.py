@@ -33,7 +33,7 @@ class PackedWeight:
 
     Attributes:
         words: (N, ceil(K * bits / 32)) uint32 in layout ``dense``.
-        scales: (N, G) float16, in weight units per code.
+        scales: (N, G) float16, or (N, 1) float32 per channel, in weight units per code.
         zeros: (N, G) uint8, in codes; None when the scheme is symmetric.
         k: K, which the words alone do not tell.
         bits: Width of a code.
@@ -42,7 +42,7 @@ class PackedWeight:
     """
 
     words: NDArray[np.uint32]
-    scales: NDArray[np.float16]
+    scales: NDArray[np.float16] | NDArray[np.float32]
     zeros: NDArray[np.uint8] | None
     k: int
     bits: int
@@ -69,16 +69,20 @@ class QuantScheme:
 
     Attributes:
         name: The name users type, for example ``w3a16``.
+        number: Its number in the kernel library.
         weight_bits: Width of a code.
         symmetric: True if there are no zero points.
         group_size: Default columns per scale.
+        group_sizes: All it may have; `CHANNEL` stands for one scale per row.
         act_bits: Width of activations; 16 leaves them in the model's dtype.
         checkpoint_layout: Canonical bit placement on disk.
         kernel_layout: Tile layout that the kernels read.
         linear_reference: Slow, obvious oracle: (M, K) activations and a packed weight to (M, N) float64.
+        largest_k: Largest K whose integer sums fit 32 bits, None where kernels sum floats.
     """
 
     name: str
+    number: int
     weight_bits: int
     symmetric: bool
     group_size: int
@@ -86,6 +90,8 @@ class QuantScheme:
     checkpoint_layout: str
     kernel_layout: str
     linear_reference: LinearReference
+    group_sizes: tuple[int, ...] = GROUP_SIZES
+    largest_k: int | None = None
 
     @property
     def levels(self) -> int:
@@ -97,9 +103,35 @@ class QuantScheme:
         """Largest code, also the number of steps in a group's range."""
         return self.levels - 1
 
+    @property
+    def middle(self) -> int:
+        """The code that stands for 0 where there are no zero points."""
+        return self.levels // 2
+
     def bits_per_weight(self, group_size: int) -> float:
-        """Bits a kernel reads per weight: code, fp16 scale and 4-bit zero point (FORMATS, table of schemes)."""
-        return self.weight_bits + (16 + 4) / group_size
+        """Bits a kernel reads per weight (FORMATS, table of schemes).
+
+        The code, the fp16 scale and the 4-bit zero point of its group; per channel, scales count as nothing.
+        """
+        if group_size == CHANNEL:
+            return self.weight_bits
+        return self.weight_bits + (16 if self.symmetric else 16 + 4) / group_size
+
+    def groups_of(self, k: int, group_size: int) -> int:
+        """Number of groups in a row of K columns; 1 for `CHANNEL`.
+
+        Raises:
+            UsageError: E2004 if the scheme has no such group size, or it does not divide K.
+        """
+        if group_size not in self.group_sizes:
+            known = ["channel" if size == CHANNEL else str(size) for size in self.group_sizes]
+            raise UsageError(
+                "E2004",
+                f"{self.name} has no groups of {group_size or 'a whole channel'}.",
+                why=f"its groups are {', '.join(known)}",
+                fix=tuple(f"--group-size {size}" for size in known),
+            )
+        return 1 if group_size == CHANNEL else groups_of(k, group_size)
 
 
 def groups_of(k: int, group_size: int) -> int:
@@ -134,19 +166,21 @@ def check_packed(weight: PackedWeight) -> None:
             why=f"{weight.n} rows of {weight.k} codes of {weight.bits} bits are uint32 ({weight.n}, {columns})",
             fix="quantize the model again",
         )
-    expected = (weight.n, groups_of(weight.k, weight.group_size))
-    if weight.scales.dtype != np.float16 or weight.scales.shape != expected:
+    channel = weight.group_size == CHANNEL
+    expected = (weight.n, 1 if channel else groups_of(weight.k, weight.group_size))
+    dtype = np.dtype(np.float32 if channel else np.float16)
+    if weight.scales.dtype != dtype or weight.scales.shape != expected:
         raise FormatError(
             "E4102",
             f"Scales are {weight.scales.dtype} {weight.scales.shape}.",
-            why=f"one fp16 scale per row and group is float16 {expected}",
+            why=f"one scale per row and group is {dtype} {expected}",
             fix="quantize the model again",
         )
     if not (np.isfinite(weight.scales) & (weight.scales > 0)).all():
         raise FormatError(
             "E4411",
             f"{int((~(weight.scales > 0)).sum())} scales are not finite and positive.",
-            why="a scale is a positive fp16 number",
+            why="a scale is a positive number",
             fix="quantize the model again",
         )
     if weight.zeros is not None and (

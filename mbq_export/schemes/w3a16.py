@@ -8,6 +8,7 @@ from mbq_export.schemes.oracle import weight_only_linear
 
 SCHEME: Final = QuantScheme(
     name="w3a16",
+    number=1,
     weight_bits=3,
     symmetric=False,
     group_size=128,

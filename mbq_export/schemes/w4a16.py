@@ -8,6 +8,7 @@ from mbq_export.schemes.oracle import weight_only_linear
 
 SCHEME: Final = QuantScheme(
     name="w4a16",
+    number=2,
     weight_bits=4,
     symmetric=False,
     group_size=128,

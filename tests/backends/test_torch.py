@@ -46,7 +46,7 @@ def relative(found: NDArray[Any], wanted: NDArray[Any]) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.names())
+@pytest.mark.parametrize("scheme", ops.OPS)
 def test_every_linear_equals_the_scheme_s_reference(tmp_path: Path, scheme: str) -> None:
     found = tiny_checkpoint(tmp_path / "c", load_tiny(tmp_path / "model"), scheme=scheme)
     model = fake_quant_model(found)

@@ -52,6 +52,7 @@ def test_fingerprint_ignores_the_place_and_follows_the_options(request_: BuildRe
         ({"group_size": 100}, "E2004", "Group size 100 does not divide in_features 256."),
         ({"method": "mqb"}, "E2001", "Unknown method 'mqb'."),
         ({"scheme": "w2a16"}, "E2001", "Unknown scheme 'w2a16'."),
+        ({"scheme": "w4a8"}, "E2006", "No graph holds w4a8 yet."),
         (
             {"scheme": "w4a16", "weight_bits": 3},
             "E2002",

@@ -14,6 +14,7 @@ from mbq_export.backends.torch import fake_quant_model
 from mbq_export.channel_scales import ChannelScales, Switches
 from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import FormatError, ResourceError, UsageError
+from mbq_export.export.ops import OPS
 from mbq_export.families.base import LoadedModel
 from mbq_export.quantize import quantize
 from mbq_export.schemes import SCHEMES
@@ -56,8 +57,10 @@ def test_folded_scales_make_other_codes_than_none(model: LoadedModel, tmp_path: 
     assert rtn.info["method"]["name"] == "rtn"
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.names())
-@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("scheme", "group_size"),
+    [(name, size) for name in OPS for size in SCHEMES[name].group_sizes],
+)
 def test_every_scheme_and_group_size_reads_back_near_the_folded_weight(
     model: LoadedModel, tmp_path: Path, scheme: str, group_size: int
 ) -> None:
@@ -131,6 +134,14 @@ def test_group_size_that_does_not_divide_names_the_linear_and_what_fits(tmp_path
     assert caught.value.code == "E2004"
     assert caught.value.where == ["model.language_model.layers.0.mlp.down_proj"]
     assert caught.value.fix == ("--group-size 64", "--group-size 32")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_scheme_that_no_graph_holds_is_refused(model: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No graph holds w4a8 yet") as caught:
+        tiny_checkpoint(tmp_path / "c", model, scheme="w4a8", group_size=128)
+    assert caught.value.code == "E2006"
+    assert caught.value.fix == ("--scheme w3a16", "--scheme w4a16")
     assert not (tmp_path / "c").exists()
 
 

@@ -24,6 +24,7 @@ def group_of(values: list[float]) -> Tensor:
 def scheme_of(bits: int) -> QuantScheme:
     return QuantScheme(
         name=f"w{bits}",
+        number=0,
         weight_bits=bits,
         symmetric=False,
         group_size=32,
