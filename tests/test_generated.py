@@ -1,0 +1,93 @@
+"""Files that programs write are the ones that the programs would write now."""
+
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mbq_export.errors import InternalError, UsageError
+from mbq_export.schemes import SCHEMES
+from mbq_export.schemes.layouts import header, w3t, w4t
+
+ROOT = Path(__file__).parents[1]
+INCLUDE = ROOT / "kernels" / "include"
+HEADER = INCLUDE / "mbq" / "layout.h"
+
+USER = """\
+#include "mbq/mbq.h"
+#include "mbq/layout.h"
+static const int order[4] = MBQ_BYTE_ORDER;
+int main(void) {
+    const int numbers[3][2] = {{MBQ_SCHEME_W3A16, MBQ_W3A16}, {MBQ_SCHEME_W4A16, MBQ_W4A16},
+                               {MBQ_SCHEME_W4A8, MBQ_W4A8}};
+    int wrong = order[1] != 2, i;
+    for (i = 0; i < 3; ++i) wrong += numbers[i][0] != numbers[i][1];
+    return wrong;
+}
+"""
+"""The header beside the hand-written ABI, which numbers the schemes a second time."""
+
+
+def test_the_header_is_what_its_constants_say() -> None:
+    assert HEADER.read_text() == header.text(), f"{HEADER} is stale; run: {header.COMMAND}"
+
+
+def test_the_header_says_the_sizes_and_numbers_of_the_formats() -> None:
+    for line in (
+        "MBQ_LAYOUT_VERSION = 1", "MBQ_W3T_TILE_BYTES = 768", "MBQ_W4T_TILE_BYTES = 1024",
+        "MBQ_SCHEME_W3A16 = 1", "MBQ_SCHEME_W4A16 = 2", "MBQ_SCHEME_W4A8 = 3",
+        "MBQ_W3A16_GROUPS = 224", "MBQ_W4A8_GROUPS = 128", "MBQ_W4A8_CHANNEL = 1",
+        "MBQ_W4A8_LARGEST_K = 132104",
+    ):  # fmt: skip
+        assert f"    {line}" in header.text()
+
+
+def test_every_scheme_and_tile_layout_is_in_the_header() -> None:
+    found = header.text()
+    for name, scheme in SCHEMES.members().items():
+        assert f"MBQ_SCHEME_{name.upper()} = {scheme.number}" in found
+        assert scheme.kernel_layout in {module.LAYOUT.name for module in header.TILES}
+    numbers = [scheme.number for scheme in SCHEMES.members().values()]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_a_changed_constant_makes_another_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = header.text()
+    monkeypatch.setattr(w3t, "TILE_BYTES", 816)
+    assert "MBQ_W3T_TILE_BYTES = 816" in header.text()
+    assert header.text() != before
+
+
+def test_layouts_of_two_versions_have_no_common_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(w4t, "LAYOUT", replace(w4t.LAYOUT, version=2))
+    with pytest.raises(InternalError, match="several versions"):
+        header.text()
+
+
+def test_the_command_writes_the_header(tmp_path: Path) -> None:
+    header.main([str(tmp_path / "layout.h")])
+    assert (tmp_path / "layout.h").read_bytes() == HEADER.read_bytes()
+
+
+def test_the_command_takes_one_path() -> None:
+    with pytest.raises(UsageError, match=r"0 paths were given\.") as caught:
+        header.main([])
+    assert caught.value.fix == (header.COMMAND,)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "standard", "suffix"), [("cc", "c99", "c"), ("c++", "c++17", "cpp")]
+)
+def test_the_header_compiles_beside_the_abi_and_agrees_with_it(
+    tmp_path: Path, compiler: str, standard: str, suffix: str
+) -> None:
+    found = shutil.which(compiler)
+    if found is None:
+        pytest.skip(f"{compiler} is not on PATH")
+    source, program = tmp_path / f"user.{suffix}", tmp_path / "user"
+    source.write_text(USER)
+    flags = ["-Wall", "-Wextra", "-Werror", "-pedantic", f"-std={standard}", f"-I{INCLUDE}"]
+    subprocess.run([found, *flags, str(source), "-o", str(program)], check=True, timeout=60)
+    assert subprocess.run([program], check=False, timeout=10).returncode == 0
