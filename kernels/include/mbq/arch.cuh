@@ -13,12 +13,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "mbq/mbq.h"
 
 #if defined(MBQ_EMULATION)
 #include "simt.h"
 #define MBQ_FN inline
+#define MBQ_CONSTEXPR constexpr
 #define MBQ_HOST_FN inline
 #define MBQ_KERNEL inline void
 #define MBQ_BOUNDS(threads, blocks)
@@ -26,6 +28,7 @@
 #else
 #include <cuda_runtime.h>
 #define MBQ_FN __device__ __forceinline__
+#define MBQ_CONSTEXPR constexpr __host__ __device__
 #define MBQ_HOST_FN inline
 #define MBQ_KERNEL __global__ void
 #define MBQ_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
@@ -179,7 +182,9 @@ MBQ_FN uint32_t atomic_add(uint32_t *address, uint32_t value, Site site = MBQ_SI
 
 // Writes before it are seen by other blocks before writes after it.
 MBQ_FN void fence_device() {
-#if !defined(MBQ_EMULATION)
+#if defined(MBQ_EMULATION)
+    simt::fence_device();
+#else
     __threadfence();
 #endif
 }
@@ -502,7 +507,7 @@ struct F16 {
 #endif
     }
     static MBQ_FN void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site = MBQ_SITE) {
-        mma_f16(c, a, b0, b1, site);
+        mbq::mma_f16(c, a, b0, b1, site);
     }
 };
 
@@ -532,7 +537,7 @@ struct BF16 {
 #endif
     }
     static MBQ_FN void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site = MBQ_SITE) {
-        mma_bf16(c, a, b0, b1, site);
+        mbq::mma_bf16(c, a, b0, b1, site);
     }
 };
 

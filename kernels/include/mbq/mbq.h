@@ -106,8 +106,8 @@ MBQ_API size_t mbq_linear_workspace(const MbqLinear *linear, int max_m);
 MBQ_API int mbq_select(const MbqLinear *linear, int m, int sm);
 MBQ_API int mbq_select_on(const MbqLinear *linear, int m, const MbqDevice *device);
 
-/* Describe a config; number of configs; whether one may run a problem (MBQ_OK or why not). */
-MBQ_API int mbq_config(int config, MbqConfig *out);
+/* Number of configs, what the one at an index is, and whether the one of an id may run a problem (MBQ_OK or why not). */
+MBQ_API int mbq_config(int index, MbqConfig *out);
 MBQ_API int mbq_config_count(void);
 MBQ_API int mbq_config_legal(const MbqLinear *linear, int m, int config, const MbqDevice *device);
 
