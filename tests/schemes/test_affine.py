@@ -9,10 +9,10 @@ from torch import Tensor
 from mbq_export.errors import FormatError, UsageError
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.affine import Codes, dequantize, quantize
-from mbq_export.schemes.base import QuantScheme
+from mbq_export.schemes.base import CHANNEL, QuantScheme
 from tests.reference.published import fake_quantized
 
-W3, W4 = SCHEMES["w3a16"], SCHEMES["w4a16"]
+W3, W4, W4A8 = SCHEMES["w3a16"], SCHEMES["w4a16"], SCHEMES["w4a8"]
 FP16_STEP = 2.0**-11  # largest relative error of rounding a normal number to fp16
 
 
@@ -201,3 +201,67 @@ def test_a_group_size_that_does_not_divide_is_refused_with_the_ones_that_do() ->
     with pytest.raises(UsageError, match="Group size 128 does not divide in_features 96") as caught:
         quantize(torch.zeros(1, 96), scheme=W3, group_size=128)
     assert caught.value.fix == ("--group-size 32",)
+
+
+def test_a_symmetric_channel_has_hand_made_codes() -> None:
+    """The largest is 7, so the scale is 1: halves are ties, and -8 is never used."""
+    found = quantize(
+        torch.tensor([[-7, -2.5, -0.5, 0, 0.5, 1.5, 3.2, 7]]), scheme=W4A8, group_size=CHANNEL
+    )
+    assert found.codes.tolist() == [[1, 6, 8, 8, 8, 10, 11, 15]]
+    assert found.scales.tolist() == [[1.0]]
+    assert found.scales.dtype == torch.float32
+    assert dequantize(found).tolist() == [[-7, -2, 0, 0, 0, 2, 3, 7]]
+
+
+def test_a_symmetric_group_rounds_its_scale_to_fp16_before_its_codes() -> None:
+    """2.8 / 7 = 0.4 becomes 0.39990234375: 1.0 is a tie at the one and 3 at the other."""
+    found = quantize(torch.tensor([[2.8, 1.0, -1.0, 0] * 32]), scheme=W4A8, group_size=128)
+    assert found.scales.tolist() == [[0.39990234375]]
+    assert found.scales.dtype == torch.float16
+    assert found.codes[0, :4].tolist() == [15, 11, 5, 8]
+
+
+@pytest.mark.parametrize(("group_size", "smallest"), [(CHANNEL, 1e-5 / 7), (128, 2.0**-14)])
+def test_a_symmetric_row_of_zeros_is_zero_with_the_smallest_scale(
+    group_size: int, smallest: float
+) -> None:
+    found = quantize(torch.zeros(2, 128), scheme=W4A8, group_size=group_size)
+    assert set(found.codes.flatten().tolist()) == {8}
+    assert found.scales.flatten().tolist() == pytest.approx([smallest] * 2, rel=1e-7)
+    assert found.clamped == 2
+    assert dequantize(found).abs().max() == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    group_size=st.sampled_from(W4A8.group_sizes),
+    offset=st.sampled_from([-3.0, 0.0, 3.0]),
+)
+def test_symmetric_codes_are_at_most_seven_and_half_a_step_away(
+    seed: int, group_size: int, offset: float
+) -> None:
+    weight = weights(seed, columns=256, offset=offset)
+    found = quantize(weight, scheme=W4A8, group_size=group_size)
+    q = found.codes.int() - 8
+    assert q.abs().max() == 7
+    step = found.scales.float().repeat_interleave(found.group_size, 1)
+    limit = 0.5 + 7 * FP16_STEP
+    assert float(((weight - dequantize(found)).abs() / step).max()) <= limit
+
+
+def test_a_symmetric_group_beyond_fp16_is_refused_and_a_channel_is_not() -> None:
+    weight = torch.tensor([[-1e6, 1e6]]).repeat(1, 64)
+    with pytest.raises(FormatError, match=r"A group spans 2e\+06") as caught:
+        quantize(weight, scheme=W4A8, group_size=128)
+    assert caught.value.code == "E4112"
+    assert quantize(weight, scheme=W4A8, group_size=CHANNEL).scales.item() == pytest.approx(1e6 / 7)
+
+
+def test_a_group_size_that_the_scheme_does_not_have_is_refused() -> None:
+    with pytest.raises(UsageError, match="w4a8 has no groups of 64") as caught:
+        quantize(torch.zeros(1, 128), scheme=W4A8, group_size=64)
+    assert caught.value.code == "E2004"
+    with pytest.raises(UsageError, match="w3a16 has no groups of a whole channel"):
+        quantize(torch.zeros(1, 128), scheme=W3, group_size=CHANNEL)

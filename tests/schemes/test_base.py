@@ -7,7 +7,7 @@ import pytest
 
 from mbq_export.errors import FormatError, UsageError
 from mbq_export.schemes import SCHEMES
-from mbq_export.schemes.base import PackedWeight, check_packed, groups_of
+from mbq_export.schemes.base import CHANNEL, PackedWeight, check_packed, groups_of
 
 
 @pytest.fixture
@@ -35,6 +35,24 @@ def test_a_scheme_says_its_bits(name: str, bits: int, per_weight: float) -> None
     assert (scheme.weight_bits, scheme.levels, scheme.largest_code) == (bits, 2**bits, 2**bits - 1)
     assert scheme.bits_per_weight(128) == per_weight
     assert not scheme.symmetric
+
+
+def test_a_symmetric_scheme_reads_no_zero_points() -> None:
+    scheme = SCHEMES["w4a8"]
+    assert scheme.symmetric
+    assert (scheme.middle, scheme.group_size, scheme.group_sizes) == (8, CHANNEL, (CHANNEL, 128))
+    assert scheme.bits_per_weight(CHANNEL) == 4.0
+    assert scheme.bits_per_weight(128) == 4.125
+    assert (scheme.groups_of(200, CHANNEL), scheme.groups_of(256, 128)) == (1, 2)
+
+
+def test_a_scheme_refuses_a_group_size_it_does_not_have() -> None:
+    with pytest.raises(UsageError, match="w4a8 has no groups of 64") as caught:
+        SCHEMES["w4a8"].groups_of(128, 64)
+    assert caught.value.code == "E2004"
+    assert caught.value.why == "its groups are channel, 128"
+    with pytest.raises(UsageError, match="Group size 128 does not divide in_features 96"):
+        SCHEMES["w4a8"].groups_of(96, 128)
 
 
 def test_an_unknown_scheme_is_answered_with_the_nearest() -> None:
@@ -86,3 +104,12 @@ def test_a_broken_weight_is_refused(
     with pytest.raises(FormatError, match=words) as caught:
         check_packed(replace(weight, **change))
     assert caught.value.code == code
+
+
+def test_a_weight_per_channel_has_one_float32_scale_per_row(weight: PackedWeight) -> None:
+    channel = replace(weight, group_size=CHANNEL, scales=np.ones((4, 1), np.float32), zeros=None)
+    check_packed(channel)
+    for scales in (np.ones((4, 1), np.float16), np.ones((4, 2), np.float32)):
+        with pytest.raises(FormatError, match="Scales are") as caught:
+            check_packed(replace(channel, scales=scales))
+        assert caught.value.why == "one scale per row and group is float32 (4, 1)"

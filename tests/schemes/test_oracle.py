@@ -50,3 +50,9 @@ def test_without_zero_points_the_middle_code_is_zero(weight: PackedWeight) -> No
     found = dequantized(replace(weight, zeros=None))
     scales = weight.scales.astype(float).repeat(32, 1)
     assert found.tolist() == ((CODES.astype(float) - 4) * scales).tolist()
+
+
+def test_a_channel_s_float32_scale_holds_for_its_whole_row(weight: PackedWeight) -> None:
+    scales = np.array([[0.1], [0.2], [0.3]], np.float32)
+    found = dequantized(replace(weight, zeros=None, scales=scales, group_size=0))
+    assert found.tolist() == ((CODES.astype(float) - 4) * scales.astype(float)).tolist()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 PlaceOf = Callable[[int, int], list[tuple[int, int]]]
 
 MODEL_COLUMNS: Final = (896, 3584, 4096, 4864, 8192, 11008, 18944, 29568)
-"""in_features of the linears of real models; 4864, 11008 and 18944 are no multiples of 256 times a power of two."""
+"""in_features of the linears of real models; 896 and 29568 are no multiples of 256."""
 
 FILLS: Final = {
     "zeros": lambda n, k, top: np.zeros((n, k), np.uint8),
