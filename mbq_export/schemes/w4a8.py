@@ -48,7 +48,8 @@ def quantize_activations(
 def signed_codes(weight: PackedWeight) -> NDArray[np.int8]:
     """(N, K) integer weights q = u - 8."""
     codes = dense.unpack(weight.words, bits=weight.bits, columns=weight.k)
-    return (codes.astype(np.int16) - 2 ** (weight.bits - 1)).astype(np.int8)
+    signed: NDArray[np.int8] = codes.astype(np.int8) - np.int8(2 ** (weight.bits - 1))
+    return signed
 
 
 def integer_sums(xq: NDArray[np.int8], weight: PackedWeight) -> NDArray[np.int64]:
@@ -65,8 +66,9 @@ def integer_sums(xq: NDArray[np.int8], weight: PackedWeight) -> NDArray[np.int64
     # float64 holds every sum exactly (below 2**53) and multiplies much faster than int64.
     x = xq.astype(np.float64).reshape(rows, groups, -1)
     q = signed_codes(weight).astype(np.float64).reshape(weight.n, groups, -1)
-    sums = np.matmul(x.transpose(1, 0, 2), q.transpose(1, 2, 0))  # (G, M, N)
-    return sums.transpose(1, 2, 0).astype(np.int64)
+    per_group = np.matmul(x.transpose(1, 0, 2), q.transpose(1, 2, 0))  # (G, M, N)
+    sums: NDArray[np.int64] = per_group.transpose(1, 2, 0).astype(np.int64)
+    return sums
 
 
 def int8_linear(x: NDArray[np.floating], weight: PackedWeight) -> NDArray[np.float32]:

@@ -81,7 +81,7 @@ def _tiles() -> Iterator[str]:
 
 def _version() -> int:
     """The one version of all tile layouts, which the C ABI passes along with a scheme."""
-    versions = {module.LAYOUT.version for module in TILES}
+    versions: set[int] = {module.LAYOUT.version for module in TILES}
     if len(versions) > 1:
         raise InternalError(
             "E9001", "Tile layouts have several versions.", why="the header has one number for all"

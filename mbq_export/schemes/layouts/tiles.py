@@ -11,7 +11,7 @@ The picture with all bytes is in docs/formats/tiles.md.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -295,7 +295,7 @@ def _little(words: NDArray[np.uint32]) -> NDArray[np.uint32]:
     return np.ascontiguousarray(words.astype("<u4", copy=False))
 
 
-def _grouped(values: NDArray[np.generic], n: int, k: int, group_size: int) -> NDArray[np.generic]:
+def _grouped(values: NDArray[Any], n: int, k: int, group_size: int) -> NDArray[Any]:
     """(N, G) padded with zeros and ordered (Np / 16, Kp / G, g, half)."""
     rows, groups = padded(n, TILE_ROWS), padded(k, TILE_COLUMNS) // group_size
     whole = np.zeros((rows, groups), values.dtype)
@@ -304,7 +304,7 @@ def _grouped(values: NDArray[np.generic], n: int, k: int, group_size: int) -> ND
     return np.ascontiguousarray(tiles.transpose(0, 3, 2, 1))
 
 
-def _ungrouped(tiles: NDArray[np.generic], n: int, k: int, group_size: int) -> NDArray[np.generic]:
+def _ungrouped(tiles: NDArray[Any], n: int, k: int, group_size: int) -> NDArray[Any]:
     """Undo `_grouped`."""
     rows = tiles.transpose(0, 3, 2, 1).reshape(-1, tiles.shape[1])
     return np.ascontiguousarray(rows[:n, : k // group_size])
@@ -343,7 +343,7 @@ def _format(part: PackedWeight) -> tuple[int, int, bool]:
     return part.bits, part.group_size, part.zeros is None
 
 
-def _joined(arrays: Sequence[NDArray[np.generic]], row_order: RowOrder) -> NDArray[np.generic]:
+def _joined(arrays: Sequence[NDArray[Any]], row_order: RowOrder) -> NDArray[Any]:
     if row_order == "concat":
         return np.concatenate(arrays)
     # (tile, part, row of the tile, ...): the tiles of the parts take turns.

@@ -1,6 +1,8 @@
 """A packed weight becomes tiles and comes back; tiles read by the formulas alone are the weight."""
 
+import hashlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -23,8 +25,9 @@ from mbq_export.schemes.layouts.tiles import (
     untile,
 )
 from mbq_export.schemes.oracle import dequantized
-from tests.schemes.layouts.one_tile import FILLS, MODEL_COLUMNS
+from tests.schemes.layouts.one_tile import FILLS, MODEL_COLUMNS, golden_tile
 
+PAGE: Final = Path(__file__).parents[3] / "docs" / "formats" / "tiles.md"
 PLACES: Final = {"w3a16": w3t.place_of, "w4a16": w4t.place_of, "w4a8": w4t.place_of}
 GROUPED: Final = [
     (name, size) for name, scheme in SCHEMES.members().items() for size in scheme.group_sizes
@@ -84,6 +87,30 @@ def read_element(tiled: TiledWeight, n: int, k: int) -> float:
     if tiled.group_size == CHANNEL:
         return value * float(tiled.scales[n]) * 16
     return value * float(tiled.scales[n // 16, k // tiled.group_size, g, half])
+
+
+def described(places: list[tuple[int, int]]) -> str:
+    """Places as the page words them."""
+    in_bytes, bits = ([place[i] for place in places] for i in (0, 1))
+    if len(set(in_bytes)) > 1:
+        return f"bytes {', '.join(map(str, in_bytes))}, bit {bits[0]} each"
+    if len(bits) == 3:
+        return f"byte {in_bytes[0]} bits {', '.join(map(str, bits))}"
+    return f"byte {in_bytes[0]} bits {bits[0]} .. {bits[-1]}"
+
+
+def test_the_examples_of_the_page_are_what_the_code_does() -> None:
+    page = PAGE.read_text()
+    for n, k in ((0, 0), (10, 45), (15, 62), (8, 96), (3, 127)):
+        at = coordinates(n, k)
+        row = f"| ({n}, {k}) | {at.lane}, {at.slot} | {described(w3t.place_of(n, k))} |"
+        assert row in page
+    for n, k in ((0, 0), (10, 45), (15, 62), (8, 96)):
+        assert f"| ({n}, {k}) | {described(w4t.place_of(n, k))} |" in page
+    for layout in (w3t, w4t):
+        tile_bytes = layout.pack(golden_tile(layout.BITS), bits=layout.BITS).tobytes()
+        digest = hashlib.sha256(tile_bytes).hexdigest()[:16]
+        assert f"`{tile_bytes[:16].hex()}` | `{digest}` |" in page
 
 
 def test_coordinates_and_lane_slots_are_inverse() -> None:
