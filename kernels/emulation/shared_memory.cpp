@@ -9,7 +9,6 @@ namespace simt {
 namespace {
 
 constexpr uint32_t kWord = 4;
-constexpr uint32_t kCopyBytes = 16;
 
 // An access by one or several lanes of one warp in one epoch of the warp.
 struct Touch {
@@ -29,6 +28,7 @@ struct Word {
 struct Copy {
     uint32_t shared;
     const void *global;  // null: zeros
+    uint32_t bytes;
     uint32_t group;
     Site site;
 };
@@ -112,14 +112,26 @@ void check_write(const Word &word, uint32_t address, const char *verb, int threa
 void perform(const Copy &copy) {
     uint8_t *target = &bytes_[copy.shared];
     if (copy.global == nullptr)
-        std::memset(target, 0, kCopyBytes);
+        std::memset(target, 0, copy.bytes);
     else
-        std::memcpy(target, copy.global, kCopyBytes);
-    for (uint32_t i = 0; i < kCopyBytes / kWord; ++i) {
+        std::memcpy(target, copy.global, copy.bytes);
+    for (uint32_t i = 0; i < copy.bytes / kWord; ++i) {
         Word &word = words[copy.shared / kWord + i];
         word.copy = Touch{};
         word.write = touch_now(me->index, copy.site);
     }
+}
+
+void begin_copy(uint32_t shared, const void *global, uint32_t bytes, bool valid, Site site) {
+    check_place(shared, bytes, "copy", me->index, site);
+    if (valid) check_load(global, bytes, Access::read_only, site);
+    for (uint32_t i = 0; i < bytes / kWord; ++i) {
+        Word &word = words[shared / kWord + i];
+        check_write(word, shared + i * kWord, "copy", me->index, site);
+        word.copy = touch_now(me->index, site);
+    }
+    Copies &mine = copies[me->index];
+    mine.under_way.push_back(Copy{shared, valid ? global : nullptr, bytes, mine.open_group, site});
 }
 
 }  // namespace
@@ -148,15 +160,11 @@ uint8_t *shared_write(uint32_t address, uint32_t bytes, Site site) {
 }
 
 void cp_async16(uint32_t shared, const void *global, bool valid, Site site) {
-    check_place(shared, kCopyBytes, "copy", me->index, site);
-    if (valid) check_load(global, kCopyBytes, Access::read_only, site);
-    for (uint32_t i = 0; i < kCopyBytes / kWord; ++i) {
-        Word &word = words[shared / kWord + i];
-        check_write(word, shared + i * kWord, "copy", me->index, site);
-        word.copy = touch_now(me->index, site);
-    }
-    Copies &mine = copies[me->index];
-    mine.under_way.push_back(Copy{shared, valid ? global : nullptr, mine.open_group, site});
+    begin_copy(shared, global, 16, valid, site);
+}
+
+void cp_async8(uint32_t shared, const void *global, bool valid, Site site) {
+    begin_copy(shared, global, 8, valid, site);
 }
 
 void cp_async_commit(Site) { ++copies[me->index].open_group; }

@@ -33,8 +33,9 @@ void shared_store(uint32_t address, const T &value, Site site) {
     std::memcpy(shared_write(address, sizeof(T), site), &value, sizeof(T));
 }
 
-// 16 bytes into shared memory, from global memory or, if not valid, zeros; done by cp_async_wait.
+// 16 or 8 bytes into shared memory, from global memory or, if not valid, zeros; done by cp_async_wait.
 void cp_async16(uint32_t shared, const void *global, bool valid, Site site);
+void cp_async8(uint32_t shared, const void *global, bool valid, Site site);
 void cp_async_commit(Site site);
 void cp_async_wait(int pending, Site site);
 

@@ -1,6 +1,7 @@
 // What each translation unit of device code offers to the dispatch in launch.cu.
 #pragma once
 
+#include "mbq/act_quant.cuh"
 #include "mbq/linear.cuh"
 
 namespace mbq {
@@ -12,13 +13,6 @@ using LaunchLinear = int(const LinearParams &params, uint32_t dtype, const MbqCo
 LaunchLinear launch_skinny_w3a16, launch_skinny_w4a16, launch_skinny_w4a8;
 LaunchLinear launch_gemm_w3a16, launch_gemm_w4a16, launch_gemm_w4a8;
 
-// xq [m, 128 * k_tiles] and sx [m] of one matrix of activations [m, k]; see mbq_quant_act.
-struct QuantActParams {
-    const uint16_t *x;
-    uint8_t *xq;
-    float *sx;
-    int32_t m, k, k_tiles;
-};
 int launch_quant_act(const QuantActParams &params, uint32_t dtype, CUstream_st *stream);
 
 // Row-major weights [n, k], one rounding each. Uses only the weight fields of `params`.

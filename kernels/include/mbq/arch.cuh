@@ -106,6 +106,14 @@ MBQ_FN int grid_x() {
 MBQ_FN int lane_index() { return thread_index() & 31; }
 MBQ_FN int warp_index() { return thread_index() >> 5; }
 
+// The same address, computed here and now: without it the compiler derives addresses anew in every step of a loop.
+MBQ_FN const uint8_t *settled(const uint8_t *address) {
+#if !defined(MBQ_EMULATION)
+    asm volatile("" : "+l"(address));
+#endif
+    return address;
+}
+
 // ---- global memory ---------------------------------------------------------------------------------------
 // stream: read once, evict first. load: read-only data that is used again. coherent: written during this launch.
 
@@ -265,6 +273,17 @@ MBQ_FN void cp_async16(uint32_t shared, const void *global, bool valid, Site sit
 #endif
 }
 
+// The same for 8 bytes.
+MBQ_FN void cp_async8(uint32_t shared, const void *global, bool valid, Site site = MBQ_SITE) {
+#if defined(MBQ_EMULATION)
+    simt::cp_async8(shared, global, valid, site);
+#else
+    (void)site;
+    const int bytes = valid ? 8 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+#endif
+}
+
 // Close a group of copies.
 MBQ_FN void cp_async_commit(Site site = MBQ_SITE) {
 #if defined(MBQ_EMULATION)
@@ -330,16 +349,18 @@ MBQ_FN Words4 ldmatrix4(uint32_t address, Site site = MBQ_SITE) {
 #endif
 }
 
-// c += a b, fp16 or bf16 factors, fp32 sums.
+// c += a b, fp16 or bf16 factors, fp32 sums. Sums of zero cost nothing: c is an operand of its own.
 MBQ_FN void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site = MBQ_SITE) {
 #if defined(MBQ_EMULATION)
     simt::mma_f16(c, a, b0, b1, site);
 #else
     (void)site;
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    float d0, d1, d2, d3;
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d0), "=f"(d1), "=f"(d2), "=f"(d3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+    c[0] = d0, c[1] = d1, c[2] = d2, c[3] = d3;
 #endif
 }
 
@@ -348,10 +369,12 @@ MBQ_FN void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     simt::mma_bf16(c, a, b0, b1, site);
 #else
     (void)site;
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    float d0, d1, d2, d3;
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d0), "=f"(d1), "=f"(d2), "=f"(d3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+    c[0] = d0, c[1] = d1, c[2] = d2, c[3] = d3;
 #endif
 }
 
@@ -361,10 +384,12 @@ MBQ_FN void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     simt::mma_s8(c, a, b0, b1, site);
 #else
     (void)site;
-    asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    int32_t d0, d1, d2, d3;
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=r"(d0), "=r"(d1), "=r"(d2), "=r"(d3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+    c[0] = d0, c[1] = d1, c[2] = d2, c[3] = d3;
 #endif
 }
 

@@ -9,39 +9,19 @@
 #include "mbq/gemm_configs.h"
 #include "mbq/layout.h"
 #include "mbq/mbq.h"
+#include "mbq/skinny_configs.h"
 
 namespace mbq {
 
-enum Family : int32_t { kSkinny = 1, kGemm = 2 };
-
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int32_t n_tiles_of(const MbqLinear &linear) { return static_cast<int32_t>(ceil_div(linear.n, MBQ_TILE_ROWS)); }
+constexpr int32_t groups_per_tile(const MbqLinear &linear) { return linear.group > 0 ? MBQ_TILE_COLUMNS / linear.group : 0; }
 constexpr int32_t k_tiles_of(const MbqLinear &linear) { return static_cast<int32_t>(ceil_div(linear.k, MBQ_TILE_COLUMNS)); }
 
-// ---- configs: ids never change their meaning -----------------------------------------------------------------
-
-constexpr int kSkinnyShapes[][2] = {{1, 2}, {2, 1}, {2, 2}}; // tiles per block, tiles prefetched
-constexpr int kSkinnyWarps[] = {4, 7, 8, 14, 16};            // 7: 3584 columns are 28 tiles
-constexpr int kSplits[] = {1, 2, 4};
-constexpr int kSkinnyCount = 3 * 5 * 3;
-constexpr int kGemmCount = static_cast<int>(sizeof(kGemmConfigs) / sizeof(kGemmConfigs[0]));
-
-constexpr MbqConfig skinny_config(int index) { // ids 1 ..
-    const int split = index % 3, warps = index / 3 % 5, shape = index / 15;
-    return {index + 1, kSkinny, kSkinnyShapes[shape][0], kSkinnyWarps[warps], kSkinnyShapes[shape][1], 8,
-            kSplits[split]};
-}
-
-constexpr int skinny_id(int n_tiles, int depth, int warps, int splits) {
-    for (int i = 0; i < kSkinnyCount; ++i) {
-        const MbqConfig c = skinny_config(i);
-        if (c.n_tiles == n_tiles && c.depth == depth && c.warps == warps && c.splits == splits) return c.id;
-    }
-    return MBQ_E_CONFIG;
-}
+// ---- all configs: skinny, then gemm ----------------------------------------------------------------------------
 
 inline bool config_at(int index, MbqConfig *out) {
-    if (index < 0 || index >= kSkinnyCount + kGemmCount) return false;
+    if (index < 0 || index >= kSkinnyCount + kGemmConfigCount) return false;
     *out = index < kSkinnyCount ? skinny_config(index) : kGemmConfigs[index - kSkinnyCount];
     return true;
 }
@@ -93,9 +73,8 @@ inline int config_refusal(const MbqLinear &linear, int m, const MbqConfig &confi
     if (linear.epilogue == MBQ_EPILOGUE_SILU_MUL && config.n_tiles % 2 != 0) return MBQ_E_CONFIG;
     if (config.splits > k_tiles_of(linear) || partial_bytes(linear, m, config.splits) > kLargestPartials)
         return MBQ_E_CONFIG;
-    if (config.family == kSkinny) {
-        const bool wide = config.n_tiles * config.depth > 2 && config.warps > 8; // registers: 65536 / (32 * 16) = 128
-        return m > config.rows || wide ? MBQ_E_CONFIG : MBQ_OK;
+    if (config.family == kSkinnyFamily) {
+        return m > config.rows || config.warps > most_skinny_warps(config.n_tiles, groups_per_tile(linear)) ? MBQ_E_CONFIG : MBQ_OK;
     }
     if (config.splits > 1 && m > kLargestSplitRows) return MBQ_E_CONFIG;
     const size_t shared = gemm_shared_bytes(config, linear.scheme);
@@ -153,12 +132,13 @@ inline int skinny_start_rule(const MbqLinear &l, const MbqDevice &device, const 
             if (fills_waves(blocks * s, sms) && k_tiles / s >= 8) splits = s;
     const int64_t per_part = ceil_div(k_tiles, splits);
     const auto tiles_per_warp = [&](int64_t warps) { return ceil_div(per_part, warps); };
+    const auto busy = [&](int64_t warps) { return tiles_per_warp(warps) >= 2 && warps <= most_skinny_warps(nt, groups_per_tile(l)); };
     const auto even = [&](int64_t warps) { return 10 * tiles_per_warp(warps) * warps <= 11 * per_part; };
     bool any_even = false;
-    for (const int warps : kSkinnyWarps) any_even = any_even || (tiles_per_warp(warps) >= 2 && even(warps));
+    for (const int warps : kSkinnyWarps) any_even = any_even || (busy(warps) && even(warps));
     int chosen = 4;
     for (const int warps : kSkinnyWarps) {
-        if (tiles_per_warp(warps) < 2 || (any_even && !even(warps))) continue;
+        if (!busy(warps) || (any_even && !even(warps))) continue;
         chosen = warps;
         const int64_t by_registers = 65536 / (registers * 32 * warps), by_threads = nominal.threads_per_sm / (32 * warps);
         const double resident = static_cast<double>(by_registers < by_threads ? by_registers : by_threads);
@@ -215,32 +195,44 @@ struct Workspace {
 
 constexpr size_t rounded(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-inline Workspace workspace_for(const MbqLinear &linear, int m, size_t partials) {
+inline Workspace workspace_for(const MbqLinear &linear, int m, size_t partials, size_t tickets) {
     const bool int8 = linear.scheme == MBQ_W4A8;
     const size_t rows = static_cast<size_t>(m), columns = 128u * static_cast<size_t>(k_tiles_of(linear));
     Workspace found{};
     found.x_scales = int8 ? rounded(rows * columns) : 0;
     found.partials = found.x_scales + (int8 ? rounded(4 * rows) : 0);
     found.tickets = found.partials + rounded(partials);
-    found.bytes = found.tickets + (partials ? rounded(size_t{4} * static_cast<size_t>(n_tiles_of(linear))) : 0);
+    found.bytes = found.tickets + rounded(4 * tickets);
     return found;
 }
 
-// Enough for every m <= max_m under every legal config.
+// One per block of outputs whose parts of K meet.
+inline size_t tickets_of(const MbqLinear &linear, int m, const MbqConfig &config) {
+    if (config.splits == 1) return 0;
+    if (config.family == kGemmFamily) return gemm_tickets(config, m, linear.n);
+    return static_cast<size_t>(ceil_div(n_tiles_of(linear), config.n_tiles));
+}
+
+inline Workspace workspace_for(const MbqLinear &linear, int m, const MbqConfig &config) {
+    return workspace_for(linear, m, partial_bytes(linear, m, config.splits), tickets_of(linear, m, config));
+}
+
+// Enough for every m <= max_m under every legal config: parts of K grow with m up to where splitting is refused.
 inline size_t workspace_bytes(const MbqLinear &linear, int max_m) {
-    size_t partials = 0;
+    size_t partials = 0, tickets = 0;
     MbqConfig config;
     for (int i = 0; config_at(i, &config); ++i) {
-        // Legal up to the config's largest m whose partials fit; the bytes grow with m.
-        const int limit = config.splits == 1 ? 0 : config.family == kSkinny ? config.rows : kLargestSplitRows;
         const size_t one_row = partial_bytes(linear, 1, config.splits);
-        if (limit == 0 || one_row > kLargestPartials) continue;
-        const size_t fitting = kLargestPartials / one_row;
-        size_t rows = static_cast<size_t>(max_m < limit ? max_m : limit);
-        if (rows > fitting) rows = fitting;
+        if (one_row == 0 || one_row > kLargestPartials) continue;
+        const int limit = config.family == kSkinnyFamily ? config.rows : kLargestSplitRows;
+        size_t rows = kLargestPartials / one_row;
+        if (rows > static_cast<size_t>(limit)) rows = static_cast<size_t>(limit);
+        if (rows > static_cast<size_t>(max_m)) rows = static_cast<size_t>(max_m);
+        const size_t meetings = tickets_of(linear, static_cast<int>(rows), config);
         if (rows * one_row > partials) partials = rows * one_row;
+        if (meetings > tickets) tickets = meetings;
     }
-    return workspace_for(linear, max_m, partials).bytes;
+    return workspace_for(linear, max_m, partials, tickets).bytes;
 }
 
 }  // namespace mbq
