@@ -13,7 +13,7 @@ may not import ``evaluate`` and the GPU machine needs nothing but it.
 
 import enum
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from mbq_export.schemes.layouts import dense
 from mbq_export.schemes.layouts.tiles import TiledWeight, tile
 from mbq_export.schemes.w4a8 import quantize_activations
 from mbq_kernels.comparison import Family, Tolerance, difference, tolerance_for
+
+Float = TypeVar("Float", np.float32, np.float64)
 
 TILE_ROWS: Final = 16
 SMALLEST_CHANNEL_SCALE: Final = 1e-5 / 7
@@ -330,23 +332,29 @@ def _answer(
     poisoned: NDArray[np.bool_] = ~np.isfinite(x).all(axis=1)
     x = np.where(poisoned[:, None], np.float32(0), x)
     real = integers * np.repeat(scales.astype(np.float64), case.k // scales.shape[1], axis=1)
-    seen, steps, step_size = x.astype(np.float64), None, np.ones(case.m, np.float32)
+    added: list[NDArray[np.floating]] = [] if packed.bias is None else [packed.bias]
+    added += [] if residual is None else [residual.float().numpy()]
+    seen, exact = x.astype(np.float64), None
     if SCHEMES[case.scheme].act_bits == 8:
-        steps, step_size = quantize_activations(x)
-        seen = steps * step_size[:, None].astype(np.float64)
-    added = np.zeros((1, case.n), np.float32) if packed.bias is None else packed.bias[None]
-    extra = np.zeros((1, case.n)) if residual is None else residual.double().numpy()
-    total = seen @ real.T + added + extra
-    slack = np.abs(seen) @ np.abs(real.T) + np.abs(added) + np.abs(extra)
+        steps, step_sizes = quantize_activations(x)
+        seen = steps.astype(np.float64) * step_sizes[:, None]
+        if case.integer_sums:
+            sums = (steps.astype(np.float64) @ integers.T).astype(np.float32)
+            scaled = sums * scales[:, 0] * step_sizes[:, None]
+            exact = torch.from_numpy(_plus(scaled, added)).to(case.dtype)
+    total = _plus(seen @ real.T, added)
+    slack = _plus(np.abs(seen) @ np.abs(real.T), [np.abs(term) for term in added])
     if case.epilogue is Epilogue.SILU_MUL:
         total, slack = _silu_mul(total, slack)
-    exact = None
-    if case.integer_sums and steps is not None:
-        sums = (steps.astype(np.float64) @ integers.T.astype(np.float64)).astype(np.int32)
-        scaled = (sums.astype(np.float32) * scales[:, 0]) * step_size[:, None]
-        exact = torch.from_numpy(scaled + added + extra.astype(np.float32)).to(case.dtype)
     total[poisoned], slack[poisoned] = np.nan, 0
     return Answer(reference=total, slack=slack, exact=exact, poisoned=poisoned)
+
+
+def _plus(total: NDArray[Float], terms: list[NDArray[np.floating]]) -> NDArray[Float]:
+    """Add bias and residual in this order, in the dtype of the total."""
+    for term in terms:
+        total = total + term.astype(total.dtype)
+    return total
 
 
 def _silu_mul(
