@@ -38,7 +38,7 @@ LinearParams weight_params(const MbqLinear &l) {
 }
 
 int dispatch(uint32_t scheme, const LinearParams &p, uint32_t dtype, const MbqConfig &config, CUstream_st *stream) {
-    const bool skinny = config.family == kSkinny;
+    const bool skinny = config.family == kSkinnyFamily;
     LaunchLinear *const w3 = skinny ? launch_skinny_w3a16 : launch_gemm_w3a16;
     LaunchLinear *const w4 = skinny ? launch_skinny_w4a16 : launch_gemm_w4a16;
     LaunchLinear *const w4a8 = skinny ? launch_skinny_w4a8 : launch_gemm_w4a8;
@@ -87,7 +87,7 @@ int checked_linear(const MbqLinear *linear, int m, const void *x, void *y, void 
     if (!find_config(id, &config)) return id < 0 ? id : MBQ_E_CONFIG;
     refused = config_refusal(*linear, m, config, device);
     if (refused != MBQ_OK) return refused;
-    const Workspace place = workspace_for(*linear, m, partial_bytes(*linear, m, config.splits));
+    const Workspace place = workspace_for(*linear, m, config);
     if (workspace_bytes < place.bytes || (place.bytes > 0 && workspace == nullptr)) return MBQ_E_WORKSPACE;
 
     LinearParams p = weight_params(*linear);
@@ -151,7 +151,7 @@ int mbq_select(const MbqLinear *linear, int m, int sm) {
     return choose(linear, m, device);
 }
 
-int mbq_config_count(void) { return kSkinnyCount + kGemmCount; }
+int mbq_config_count(void) { return kSkinnyCount + kGemmConfigCount; }
 
 int mbq_config(int index, MbqConfig *out) {
     if (out == nullptr) return MBQ_E_NULL;

@@ -24,9 +24,16 @@ struct W3 {
         uint32_t w[kWords];
     };
 
-    static MBQ_FN Lane stream(const uint8_t *tile, int lane, Site site = MBQ_SITE) {
-        const Words4 a = load_stream16(tile + 16 * lane, site);
-        const Words2 b = load_stream8(tile + 512 + 8 * lane, site);
+    // Where a lane's two pieces lie in the first tile of a row: a step is then one multiply-add each.
+    struct Cursor {
+        const uint8_t *a, *b;
+    };
+    static MBQ_FN Cursor cursor(const uint8_t *tiles, int lane) {
+        return {settled(tiles + 16 * lane), settled(tiles + 512 + 8 * lane)};
+    }
+    static MBQ_FN Lane stream(const Cursor &at, uint32_t tile, Site site = MBQ_SITE) {
+        const Words4 a = load_stream16(at.a + static_cast<uint64_t>(tile) * kTileBytes, site);
+        const Words2 b = load_stream8(at.b + static_cast<uint64_t>(tile) * kTileBytes, site);
         return {{a.x, a.y, a.z, a.w, b.x, b.y}};
     }
     static MBQ_FN Lane from_shared(uint32_t tile, int lane, Site site = MBQ_SITE) {
@@ -44,9 +51,14 @@ struct W4 {
         uint32_t w[kWords];
     };
 
-    static MBQ_FN Lane stream(const uint8_t *tile, int lane, Site site = MBQ_SITE) {
-        const Words4 a = load_stream16(tile + 16 * lane, site);
-        const Words4 b = load_stream16(tile + 512 + 16 * lane, site);
+    struct Cursor {
+        const uint8_t *a;
+    };
+    static MBQ_FN Cursor cursor(const uint8_t *tiles, int lane) { return {settled(tiles + 16 * lane)}; }
+    static MBQ_FN Lane stream(const Cursor &at, uint32_t tile, Site site = MBQ_SITE) {
+        const uint8_t *from = at.a + static_cast<uint64_t>(tile) * kTileBytes;
+        const Words4 a = load_stream16(from, site);
+        const Words4 b = load_stream16(from + 512, site);
         return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
     }
     static MBQ_FN Lane from_shared(uint32_t tile, int lane, Site site = MBQ_SITE) {

@@ -40,7 +40,8 @@ constexpr int kLargestSplitRows = 64;          // nor does splitting K for more 
 
 // Group sizes are powers of two, and layout.h gives a scheme's as one sum of them.
 inline int group_refusal(const MbqLinear &l) {
-    const int sizes = l.scheme == MBQ_W3A16 ? MBQ_W3A16_GROUPS : l.scheme == MBQ_W4A16 ? MBQ_W4A16_GROUPS : MBQ_W4A8_GROUPS;
+    constexpr int kSizes[] = {0, MBQ_W3A16_GROUPS, MBQ_W4A16_GROUPS, MBQ_W4A8_GROUPS};
+    const int sizes = kSizes[l.scheme]; // the scheme is known by now
     const bool channel = l.scheme == MBQ_W4A8 && MBQ_W4A8_CHANNEL;
     if (l.group == 0) return channel ? MBQ_OK : MBQ_E_GROUP;
     const bool power_of_two = l.group > 0 && (l.group & (l.group - 1)) == 0;

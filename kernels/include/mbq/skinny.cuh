@@ -10,6 +10,7 @@
 
 #include "mbq/dequant.cuh"
 #include "mbq/linear.cuh"
+#include "mbq/skinny_configs.h"
 
 #ifndef MBQ_MUTANT
 #define MBQ_MUTANT 0 // each number plants one known defect, so that tests can show that they would see it
@@ -18,21 +19,13 @@
 namespace mbq {
 
 constexpr int kTileRows = MBQ_TILE_ROWS, kTileColumns = MBQ_TILE_COLUMNS;
-constexpr int kSkinnyRows = 8;
-// Threads a block may have: wider register rings leave room for half as many.
-constexpr int skinny_threads(int n_tiles, int depth) { return n_tiles * depth > 2 ? 256 : 512; }
-
-// Where a lane reads one row of tiles; `k_tile` steps are added when loading.
-struct Cursor {
-    const uint8_t *codes, *scales, *zeros;
-};
 
 // Weights as 16-bit integers, fp32 sums per group, scaled into fp32 totals. kGroups: groups per tile (1, 2, 4).
 template <class Words, class T, int kGroups>
 struct WeightOnly {
     using Output = T;
     using Sum = float;
-    static constexpr bool kInteger = false;
+    static constexpr int kGroupsPerTile = kGroups;
     struct Tile {
         typename Words::Lane codes;
         uint32_t scales[kGroups], zeros[kGroups];
@@ -41,45 +34,55 @@ struct WeightOnly {
         Words4 block[4]; // columns 32b + 8t .. + 7: B fragments of steps 2b and 2b + 1
     };
 
-    static MBQ_FN Cursor cursor(const LinearParams &p, int n_tile) {
-        const size_t row = static_cast<size_t>(n_tile), g = static_cast<size_t>(lane_index() >> 2);
-        return {p.codes + row * p.k_tiles * Words::kTileBytes, p.scales + (row * p.groups * 8 + g) * 4,
-                p.zeros + row * p.groups * 8 + g};
+    // Where a lane begins to read a row of tiles.
+    struct Row {
+        typename Words::Cursor codes;
+        const uint8_t *scales, *zeros;
+    };
+    static MBQ_FN Row row(const LinearParams &p, int n_tile, int lane) {
+        const size_t row = static_cast<size_t>(n_tile), g = static_cast<size_t>(lane >> 2);
+        return {Words::cursor(p.codes + row * p.k_tiles * Words::kTileBytes, lane),
+                settled(p.scales + (row * p.groups * 8 + g) * 4), settled(p.zeros + row * p.groups * 8 + g)};
     }
-    static MBQ_FN Tile load(const Cursor &at, int k_tile) {
+    static MBQ_FN Tile load(const Row &row, uint32_t k_tile) {
         Tile tile;
-        tile.codes = Words::stream(at.codes + static_cast<size_t>(k_tile) * Words::kTileBytes, lane_index());
+        tile.codes = Words::stream(row.codes, k_tile);
         MBQ_UNROLL
-        for (int j = 0; j < kGroups; ++j) {
+        for (uint32_t j = 0; j < kGroups; ++j) {
 #if MBQ_MUTANT == 12
-            const size_t group = static_cast<size_t>(k_tile) * kGroups + (j > 0 ? j - 1 : (k_tile > 0 ? -1 : 0));
+            const uint32_t group = k_tile * kGroups + j > 0 ? k_tile * kGroups + j - 1 : 0;
 #else
-            const size_t group = static_cast<size_t>(k_tile) * kGroups + j;
+            const uint32_t group = k_tile * kGroups + j;
 #endif
-            tile.scales[j] = load_stream4(at.scales + group * 32);
-            tile.zeros[j] = load1(at.zeros + group * 8);
+            tile.scales[j] = load_stream4(row.scales + static_cast<uint64_t>(group) * 32);
+            tile.zeros[j] = load1(row.zeros + static_cast<uint64_t>(group) * 8);
         }
         return tile;
     }
-    static MBQ_FN const uint8_t *x_row(const LinearParams &p, int row) {
-        return p.x + (static_cast<size_t>(row) * p.k + 8 * (lane_index() & 3)) * 2;
+    // Where a lane's columns of row-major x begin.
+    static MBQ_FN const uint8_t *x_row(const LinearParams &p, int row, int lane) {
+        return settled(p.x + (static_cast<size_t>(row) * p.k + 8 * (lane & 3)) * 2);
     }
-    static MBQ_FN X load_x(const LinearParams &p, const uint8_t *row, int k_tile) {
+    static MBQ_FN X load_x(const uint8_t *x_row, uint32_t k_tile) {
         X x;
-        const uint8_t *at = row + static_cast<size_t>(k_tile) * kTileColumns * 2;
-        const int left = p.k - k_tile * kTileColumns; // columns from here on; past them x does not exist
-        if (left >= kTileColumns || MBQ_MUTANT == 8) {
-            MBQ_UNROLL
-            for (int b = 0; b < 4; ++b) x.block[b] = load16(at + 64 * b);
-        } else {
-            MBQ_UNROLL
-            for (int b = 0; b < 4; ++b) {
-                x.block[b] = {0, 0, 0, 0};
-                if (32 * b + 8 * (lane_index() & 3) < left) x.block[b] = load16(at + 64 * b);
-            }
+        const uint8_t *at = x_row + static_cast<uint64_t>(k_tile) * (2 * kTileColumns);
+        MBQ_UNROLL
+        for (int b = 0; b < 4; ++b) x.block[b] = load16(at + 64 * b);
+        return x;
+    }
+    // Of the last tile only `columns` exist in x; zeros stand for the rest, since a NaN there times zero is a NaN.
+    static MBQ_FN X load_x_part(const uint8_t *x_row, uint32_t k_tile, int columns) {
+        X x;
+        const uint8_t *at = x_row + static_cast<uint64_t>(k_tile) * (2 * kTileColumns);
+        MBQ_UNROLL
+        for (int b = 0; b < 4; ++b) {
+            x.block[b] = {0, 0, 0, 0};
+            if (32 * b + 8 * (lane_index() & 3) < columns || MBQ_MUTANT == 8)
+                x.block[b] = load16(at + 64 * b);
         }
         return x;
     }
+    static MBQ_FN int whole_tiles(const LinearParams &p) { return p.k / kTileColumns; }
     static MBQ_FN void multiply(const Tile &tile, const X &x, float (&total)[4]) {
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         uint32_t d[16] = {};
@@ -131,7 +134,7 @@ template <class T, bool kGrouped>
 struct Int8 {
     using Output = T;
     using Sum = typename std::conditional<kGrouped, float, int32_t>::type;
-    static constexpr bool kInteger = !kGrouped;
+    static constexpr int kGroupsPerTile = kGrouped;
     struct Tile {
         W4::Lane codes;
         uint32_t scales;
@@ -140,25 +143,33 @@ struct Int8 {
         Words2 block[4];
     };
 
-    static MBQ_FN Cursor cursor(const LinearParams &p, int n_tile) {
-        const size_t row = static_cast<size_t>(n_tile), g = static_cast<size_t>(lane_index() >> 2);
-        return {p.codes + row * p.k_tiles * W4::kTileBytes, p.scales + (row * p.groups * 8 + g) * 4, nullptr};
+    struct Row {
+        W4::Cursor codes;
+        const uint8_t *scales;
+    };
+    static MBQ_FN Row row(const LinearParams &p, int n_tile, int lane) {
+        const size_t row = static_cast<size_t>(n_tile), g = static_cast<size_t>(lane >> 2);
+        return {W4::cursor(p.codes + row * p.k_tiles * W4::kTileBytes, lane),
+                settled(p.scales + (row * p.groups * 8 + g) * 4)};
     }
-    static MBQ_FN Tile load(const Cursor &at, int k_tile) {
+    static MBQ_FN Tile load(const Row &row, uint32_t k_tile) {
         Tile tile;
-        tile.codes = W4::stream(at.codes + static_cast<size_t>(k_tile) * W4::kTileBytes, lane_index());
-        tile.scales = kGrouped ? load_stream4(at.scales + static_cast<size_t>(k_tile) * 32) : 0;
+        tile.codes = W4::stream(row.codes, k_tile);
+        tile.scales = kGrouped ? load_stream4(row.scales + static_cast<uint64_t>(k_tile) * 32) : 0;
         return tile;
     }
-    static MBQ_FN const uint8_t *x_row(const LinearParams &p, int row) {
-        return p.x + static_cast<size_t>(row) * p.k_tiles * kTileColumns + 8 * (lane_index() & 3);
+    static MBQ_FN const uint8_t *x_row(const LinearParams &p, int row, int lane) {
+        return settled(p.x + static_cast<size_t>(row) * p.k_tiles * kTileColumns + 8 * (lane & 3));
     }
-    static MBQ_FN X load_x(const LinearParams &, const uint8_t *row, int k_tile) { // padded with zeros: no check
+    static MBQ_FN X load_x(const uint8_t *x_row, uint32_t k_tile) {
         X x;
+        const uint8_t *at = x_row + static_cast<uint64_t>(k_tile) * kTileColumns;
         MBQ_UNROLL
-        for (int b = 0; b < 4; ++b) x.block[b] = load8(row + static_cast<size_t>(k_tile) * kTileColumns + 32 * b);
+        for (int b = 0; b < 4; ++b) x.block[b] = load8(at + 32 * b);
         return x;
     }
+    static MBQ_FN X load_x_part(const uint8_t *x_row, uint32_t k_tile, int) { return load_x(x_row, k_tile); }
+    static MBQ_FN int whole_tiles(const LinearParams &p) { return p.k_tiles; } // int8 rows are padded with zeros
     static MBQ_FN void multiply(const Tile &tile, const X &x, Sum (&total)[4]) {
         int32_t sum[4] = {0, 0, 0, 0};
         MBQ_UNROLL
@@ -258,11 +269,6 @@ MBQ_FN typename Format::Sum element_sum(const LinearParams &p, uint32_t shared, 
     return total;
 }
 
-// Shared memory: warps x M x rows sums; the flag of `arrives_last` takes the first word after them.
-MBQ_HOST_FN size_t skinny_shared_bytes(int warps, int m, int n_tiles) {
-    return 4 * (static_cast<size_t>(warps) * m * n_tiles * kTileRows + 1);
-}
-
 template <class Format, int NT>
 MBQ_FN void reduce_and_store(const LinearParams &p, const typename Format::Sum (&total)[NT][4]) {
     constexpr int kRows = NT * kTileRows;
@@ -312,48 +318,49 @@ MBQ_FN void reduce_and_store(const LinearParams &p, const typename Format::Sum (
 
 // Grid: x = ceil(n_tiles / NT), y = splits. Tiles past n_tiles repeat the last one and are not stored.
 template <class Format, int NT, int DEPTH>
-MBQ_KERNEL MBQ_BOUNDS(skinny_threads(NT, DEPTH), 1) skinny(const LinearParams p) {
+MBQ_KERNEL MBQ_BOUNDS(32 * most_skinny_warps(NT, Format::kGroupsPerTile), 1) skinny(const LinearParams p) {
     const int warps = block_threads() / 32, stride = warps;
     const int per_split = (p.k_tiles + p.splits - 1) / p.splits;
     const int begin = block_y() * per_split + warp_index();
     const int end = begin - warp_index() + per_split < p.k_tiles ? begin - warp_index() + per_split : p.k_tiles;
 
-    const int g = lane_index() >> 2;
-    const uint8_t *x_row = Format::x_row(p, g < p.m ? g : p.m - 1);
-    Cursor at[NT];
+    const int lane = lane_index(), g = lane >> 2;
+    const uint8_t *x_row = Format::x_row(p, g < p.m ? g : p.m - 1, lane);
+    typename Format::Row rows[NT];
     MBQ_UNROLL
     for (int i = 0; i < NT; ++i) {
         const int n_tile = block_x() * NT + i;
-        at[i] = Format::cursor(p, n_tile < p.n_tiles ? n_tile : p.n_tiles - 1);
+        rows[i] = Format::row(p, n_tile < p.n_tiles ? n_tile : p.n_tiles - 1, lane);
     }
     typename Format::Sum total[NT][4] = {};
-    typename Format::Tile tiles[DEPTH][NT];
-    typename Format::X x[DEPTH];
+    // DEPTH tiles on their way while one is multiplied; the slots take turns, so that no register is copied.
+    constexpr int kSlots = DEPTH + 1;
+    typename Format::Tile tiles[kSlots][NT];
+    typename Format::X x[kSlots];
+    const auto load = [&](int slot, int k_tile) {
+        MBQ_UNROLL
+        for (int i = 0; i < NT; ++i) tiles[slot][i] = Format::load(rows[i], k_tile);
+        x[slot] = Format::load_x(x_row, k_tile);
+    };
+    const int whole = Format::whole_tiles(p), last = end < whole ? end : whole;
 
     MBQ_UNROLL
-    for (int d = 0; d < DEPTH; ++d)
-        if (begin + d * stride < end) {
-            MBQ_UNROLL
-            for (int i = 0; i < NT; ++i) tiles[d][i] = Format::load(at[i], begin + d * stride);
-            x[d] = Format::load_x(p, x_row, begin + d * stride);
-        }
-    for (int base = begin; base < end; base += DEPTH * stride) {
+    for (int slot = 0; slot < DEPTH; ++slot)
+        if (begin + slot * stride < last) load(slot, begin + slot * stride);
+    for (int base = begin; base < last; base += kSlots * stride) {
         MBQ_UNROLL
-        for (int d = 0; d < DEPTH; ++d) {
-            const int k_tile = base + d * stride, next = k_tile + DEPTH * stride;
-            if (k_tile >= end) break;
-            typename Format::Tile now[NT];
+        for (int slot = 0; slot < kSlots; ++slot) {
+            const int k_tile = base + slot * stride;
+            if (k_tile >= last) break;
+            if (k_tile + DEPTH * stride < last) load((slot + DEPTH) % kSlots, k_tile + DEPTH * stride);
             MBQ_UNROLL
-            for (int i = 0; i < NT; ++i) now[i] = tiles[d][i];
-            const typename Format::X x_now = x[d];
-            if (next < end) {
-                MBQ_UNROLL
-                for (int i = 0; i < NT; ++i) tiles[d][i] = Format::load(at[i], next);
-                x[d] = Format::load_x(p, x_row, next);
-            }
-            MBQ_UNROLL
-            for (int i = 0; i < NT; ++i) Format::multiply(now[i], x_now, total[i]);
+            for (int i = 0; i < NT; ++i) Format::multiply(tiles[slot][i], x[slot], total[i]);
         }
+    }
+    if (whole < end && (whole - begin) % stride == 0 && whole >= begin) {
+        const typename Format::X part = Format::load_x_part(x_row, whole, p.k - whole * kTileColumns);
+        MBQ_UNROLL
+        for (int i = 0; i < NT; ++i) Format::multiply(Format::load(rows[i], whole), part, total[i]);
     }
     reduce_and_store<Format, NT>(p, total);
 }
