@@ -17,8 +17,7 @@ from mbq_export.errors import FormatError, located
 from mbq_export.export import functions, ops
 from mbq_export.export.external_data import Place, read_array
 from mbq_export.schemes.base import GROUP_SIZES
-from mbq_export.schemes.layouts import LAYOUTS
-from mbq_export.schemes.layouts.dense import words_per_row
+from mbq_export.schemes.layouts.dense import LAYOUT, words_per_row
 
 NEVER: Final = {
     TensorProto.UINT8: "UINT8",
@@ -183,14 +182,14 @@ def _check_packed(
     facts = (
         (has["bits"] == op.bits, f"bits is {has['bits']}, {op.name} has {op.bits}"),
         (has["group_size"] in GROUP_SIZES, f"group_size is {has['group_size']}"),
-        (has["layout"] in LAYOUTS.names(), f"layout is {has['layout']!r}"),
+        (has["layout"] == LAYOUT.name, f"layout is {has['layout']!r}"),
         (has["plugin_namespace"] == ops.PLUGIN_NAMESPACE, "plugin_namespace is another"),
         (has["plugin_version"] == ops.PLUGIN_VERSION, "plugin_version is another"),
     )
     for right, what in facts:
         if not right:
             _contradiction(what)
-    LAYOUTS[has["layout"]].check_version(has["layout_version"])
+    LAYOUT.check_version(has["layout_version"])
     rows, columns = has["N"], has["K"]
     if columns % has["group_size"]:
         _contradiction(f"groups of {has['group_size']} do not divide K = {columns}")

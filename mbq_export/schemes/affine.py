@@ -60,7 +60,7 @@ def quantize(
         weight: (N, K), any floating dtype.
         scheme: Gives the width of a code, and whether there are zero points.
         group_size: Columns that share a scale, or `CHANNEL`; must divide K and be one of the scheme's.
-        compat: Use the published rule instead of ours; asymmetric schemes only.
+        compat: Use the published rule instead of ours; it is one of asymmetric schemes, others have no second rule.
 
     Raises:
         UsageError: E2004 if the group size does not divide K or the scheme does not have it.
@@ -75,6 +75,7 @@ def quantize(
             why="a NaN or infinite weight has no code",
             fix="check the checkpoint: mbq-export inspect MODEL",
         )
+    compat = compat and not scheme.symmetric
     # The published rule works in the weight's own dtype, ours in float32.
     exact = grouped if compat else grouped.float()
     if scheme.symmetric:

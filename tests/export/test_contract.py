@@ -150,9 +150,12 @@ def test_attributes_that_contradict_constants_are_refused(
     assert found.lower().startswith(message.lower().rstrip("."))
 
 
-def test_unknown_layout_is_refused(tmp_path: Path) -> None:
-    path = edit(write_one(tmp_path), lambda m: setattr(attribute(m, "layout"), "s", b"woven"))
-    assert refusal(path, "E4409").message == "Layout is 'woven'."
+@pytest.mark.parametrize("layout", ["woven", "w3t"])
+def test_a_layout_other_than_that_of_its_words_is_refused(tmp_path: Path, layout: str) -> None:
+    path = edit(
+        write_one(tmp_path), lambda m: setattr(attribute(m, "layout"), "s", layout.encode())
+    )
+    assert refusal(path, "E4409").message == f"Layout is '{layout}'."
 
 
 def test_newer_layout_names_the_version_that_is_known(tmp_path: Path) -> None:

@@ -251,6 +251,14 @@ def test_symmetric_codes_are_at_most_seven_and_half_a_step_away(
     assert float(((weight - dequantize(found)).abs() / step).max()) <= limit
 
 
+def test_symmetric_rounding_has_one_rule_whatever_the_dtype() -> None:
+    weight = weights(6).bfloat16()
+    plain = quantize(weight.float(), scheme=W4A8, group_size=128)
+    compat = quantize(weight, scheme=W4A8, group_size=128, compat=True)
+    assert torch.equal(plain.codes, compat.codes)
+    assert torch.equal(plain.scales, compat.scales)
+
+
 def test_a_symmetric_group_beyond_fp16_is_refused_and_a_channel_is_not() -> None:
     weight = torch.tensor([[-1e6, 1e6]]).repeat(1, 64)
     with pytest.raises(FormatError, match=r"A group spans 2e\+06") as caught:
