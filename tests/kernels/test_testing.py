@@ -253,7 +253,7 @@ def test_weights_rounded_once_exceed_the_skinny_tolerance_but_not_that_of_gemm()
     weight = (integers * scales).astype(np.float16).astype(np.float64)
     y = rounded(problem.x.double().numpy() @ weight.T, problem)
     assert_close(y, problem, family=Family.GEMM)
-    with pytest.raises(AssertionError, match="relative L2|off by"):
+    with pytest.raises(AssertionError, match=r"relative L2|off by"):
         assert_close(y, problem, family=Family.SKINNY)
 
 

@@ -1,0 +1,36 @@
+"""The Triton kernels give the answers of the oracles, run by Triton's interpreter on a CPU."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHILD = Path(__file__).with_name("interpreted_triton.py")
+FEWEST_TESTS = 100
+"""Guards against a child that collects nothing."""
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.interpret
+def test_all_kernels_pass_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHILD)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,  # its output explains a failure better than its status
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout
+    assert int(passed[1]) >= FEWEST_TESTS
+    assert "skipped" not in done.stdout
