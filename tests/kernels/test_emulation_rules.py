@@ -74,7 +74,9 @@ def rules() -> ctypes.CDLL:
     return library
 
 
-def run(library: ctypes.CDLL, name: str, *, broken: bool, order: tuple[int, int, int]) -> tuple[int, bytes]:
+def run(
+    library: ctypes.CDLL, name: str, *, broken: bool, order: tuple[int, int, int]
+) -> tuple[int, bytes]:
     """Status of one launch, and what it left in its three outputs."""
     given = Buffer.of(np.arange(WORDS, dtype=np.uint32) * 7 + 1)
     outputs = [Buffer(4 * words, writable=True) for words in (WORDS, 1, WORDS)]
