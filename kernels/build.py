@@ -36,13 +36,15 @@ class Plan:
 
     Attributes:
         emulated: g++ and fibres instead of nvcc and a GPU.
-        sms: Architectures to compile for; the newest also as PTX.
+        sms: Architectures to compile for.
+        ptx: Add the newest of them as PTX, for GPUs newer still.
         defines: Extra macros, for example ``MBQ_MUTANT=1``.
         extra: Extra flags of the compiler, for example ``-fsanitize=address``.
     """
 
     emulated: bool = False
     sms: tuple[int, ...] = USUAL_SMS
+    ptx: bool = True
     defines: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
 
@@ -89,7 +91,8 @@ class Plan:
                 "c++",
             ]
         images = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in self.sms]
-        images.append(f"-gencode=arch=compute_{max(self.sms)},code=compute_{max(self.sms)}")
+        if self.ptx:
+            images.append(f"-gencode=arch=compute_{max(self.sms)},code=compute_{max(self.sms)}")
         return [*common, "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", *images]
 
 
@@ -100,23 +103,44 @@ def build(plan: Plan, out: Path, *, jobs: int = 0) -> Path:
         MachineError: E3017 without a compiler.
         BuildError: E6013 if a compiler fails.
     """
-    compiler, flags = plan.compiler, plan.flags()
-    objects = out.parent / "objects"
+    made = compiled(plan, ["-c"], suffix=".o", objects=out.parent / "objects", jobs=jobs)
+    runtime = [] if plan.emulated else ["-cudart", "static"]
+    _compile([plan.compiler, "-shared", *plan.extra, *runtime, *map(str, made)], out)
+    return out
+
+
+def compiled(
+    plan: Plan, mode: Sequence[str], *, suffix: str, objects: Path, jobs: int = 0
+) -> list[Path]:
+    """Compile every translation unit, several at once; what is there already is left alone.
+
+    Args:
+        plan: What for.
+        mode: What to make: ``["-c"]`` an object, ``["-cubin"]`` device code of one architecture.
+        suffix: Of the files made.
+        objects: Folder of the files made; their names hold a hash of all they come from.
+        jobs: Compilers at once; 0 is one per core.
+
+    Raises:
+        MachineError: E3017 without a compiler.
+        BuildError: E6013 if a compiler fails.
+    """
     objects.mkdir(parents=True, exist_ok=True)
     headers = sorted(
-        p for f in INCLUDES for p in (HERE / f).rglob("*") if p.suffix in {".h", ".cuh", ".inc"}
+        path
+        for folder in INCLUDES
+        for path in (HERE / folder).rglob("*")
+        if path.suffix in {".h", ".cuh", ".inc"}
     )
-    common = _hash([*headers], [compiler, *flags])
-    made = [
-        objects / f"{source.stem}-{_hash([source], [common])[:20]}.o" for source in plan.sources()
-    ]
-    todo = [(s, o) for s, o in zip(plan.sources(), made, strict=True) if not o.is_file()]
+    command = [plan.compiler, *plan.flags(), *mode]
+    common = _hash(headers, command)
+    units = plan.sources()
+    made = [objects / f"{unit.stem}-{_hash([unit], [common])[:20]}{suffix}" for unit in units]
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        for done in [pool.submit(_compile, [compiler, *flags, "-c", str(s)], o) for s, o in todo]:
+        todo = [(s, o) for s, o in zip(units, made, strict=True) if not o.is_file()]
+        for done in [pool.submit(_compile, [*command, str(unit)], out) for unit, out in todo]:
             done.result()
-    link = [compiler, "-shared", *plan.extra, *([] if plan.emulated else ["-cudart", "static"])]
-    _compile([*link, *map(str, made)], out)
-    return out
+    return made
 
 
 def _compile(command: Sequence[str], out: Path) -> None:
