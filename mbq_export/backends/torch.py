@@ -1,5 +1,7 @@
 """The oracle: the transformers model with dequantized weights, run through the ports of the ONNX graphs.
 
+`kernel_engines` is the other way to run a checkpoint with torch: its decoder reads the packed weights.
+
     checkpoint ── fake_quant_model ──► LoadedModel ──┬── vision_engine    pixel_values -> image_features
                                                      ├── embed_engine     input_ids -> inputs_embeds
                                                      └── decoder_engine   embeddings, cache -> logits, cache
@@ -158,13 +160,59 @@ def vision_engine(model: LoadedModel) -> TorchEngine:
     """Tower and projector: (tiles, 3, h, w) to (tiles, tokens_per_tile, hidden)."""
     shape = model.vision
     tower = model.family.vision_module(model)
+    device = next(tower.parameters()).device
     size = (TILES, shape.channels, shape.image_size, shape.image_size)
     features = (TILES, shape.tokens_per_tile, model.text.hidden)
     return TorchEngine(
         "vision_encoder",
         inputs=(TensorSpec(name="pixel_values", dtype=FLOAT, shape=size),),
         outputs=(TensorSpec(name="image_features", dtype=FLOAT, shape=features),),
-        act=lambda feeds: (tower(feeds["pixel_values"]),),
+        act=lambda feeds: (tower(feeds["pixel_values"].to(device)),),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelEngines:
+    """The three parts of a model whose decoder runs on the kernels.
+
+    Attributes:
+        vision: On the same device, float32.
+        embed: On the host.
+        decoder: Keeps its keys and values to itself.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    vision: TorchEngine
+    embed: TorchEngine
+    decoder: TorchEngine
+    device: str
+
+
+def kernel_engines(checkpoint: QuantCheckpoint, *, device: str, slots: int) -> KernelEngines:
+    """Load a checkpoint without unpacking its decoder.
+
+    Args:
+        checkpoint: Opened.
+        device: ``cpu``, ``cuda``, or ``auto`` for a GPU if there is one.
+        slots: Positions of the decoder's cache.
+
+    Raises:
+        UsageError: E2001 for another device.
+        MachineError: E3001 if there is no GPU that torch can use.
+        FormatError: E4005 for a kind of decoder that the kernels do not run, and as `fake_quant_model`.
+    """
+    from mbq_export.backends._torch_decoder import device_of, open_kernel_decoder
+
+    where = device_of(device)
+    family = FAMILIES[checkpoint.info["model"]["family"]]
+    weights = _dequantizing(checkpoint)
+    model = family.load(checkpoint.folder, weights=weights, meta_blocks=True)
+    family.vision_module(model).to(where)
+    return KernelEngines(
+        vision=vision_engine(model),
+        embed=embed_engine(model),
+        decoder=open_kernel_decoder(checkpoint, device=where, slots=slots),
+        device=where.type,
     )
 
 

@@ -31,7 +31,7 @@ def command(
         int, typer.Option("-r", "--repetitions", help="Requests that count.")
     ] = 10,
     warmup: Annotated[int, typer.Option("--warmup", help="Requests before them.")] = 3,
-    backend: options.Backend = "ort",
+    backend: options.Runner = "ort",
     lowering: options.Lowering = "qdq",
     threads: options.Threads = 0,
     accuracy_level: Annotated[

@@ -134,6 +134,13 @@ Force = Annotated[
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming.")]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle made by build.", metavar="BUNDLE")]
 Backend = Annotated[str, typer.Option("--backend", help="ort, or torch for the reference.")]
+Runner = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        help="ort; torch for the packed weights on the kernels; oracle for the reference model.",
+    ),
+]
 Lowering = Annotated[str, typer.Option("--lowering", help="qdq or reference.")]
 
 

@@ -62,7 +62,10 @@ def command(
         list[str] | None,
         typer.Option("--stop", help="Text that ends the answer; repeatable.", show_default=False),
     ] = None,
-    backend: options.Backend = "ort",
+    backend: options.Runner = "ort",
+    device: Annotated[
+        str, typer.Option("--device", help="Of --backend torch: auto, cpu or cuda.")
+    ] = "auto",
     lowering: options.Lowering = "qdq",
     threads: options.Threads = 0,
 ) -> None:
@@ -82,9 +85,16 @@ def command(
         )
     from mbq_export.bundle import Bundle
     from mbq_export.families.pictures import read_picture
-    from mbq_export.runtime import open_session
+    from mbq_export.runtime import AUTO, TORCH, open_session
     from mbq_export.runtime.sampling import Options
 
+    if device != AUTO and backend != TORCH:
+        raise UsageError(
+            "E2002",
+            f"--device {device} does not go with --backend {backend}.",
+            why="only the torch backend chooses its device",
+            fix=f"--backend {TORCH} --device {device}",
+        )
     wanted = Options(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -96,6 +106,7 @@ def command(
     # Whatever can be wrong with the question is found before a model is loaded.
     question = _text_of(prompt or ""), [read_picture(path) for path in image or ()]
     batch = None if jsonl is None else _Batch.open(jsonl, out)
+    backend = backend if device == AUTO else f"{TORCH}:{device}"
     with open_session(opened, backend=backend, lowering=lowering, threads=threads) as session:
         if batch is not None:
             _answer_batch(console, session, batch, wanted)

@@ -36,7 +36,7 @@ from mbq_export.evaluate.roofline import Roofline, StepBytes, graph_step, packed
 from mbq_export.evaluate.telemetry import Bandwidth
 from mbq_export.families.locate import family_of
 from mbq_export.report import Report, nullable, shown
-from mbq_export.runtime import DECODER, TORCH, graph_record
+from mbq_export.runtime import DECODER, graph_record, runs_graphs
 
 COLD: Final = "sessions were opened in a process that had its libraries loaded"
 NO_GRAPH: Final = "the torch backend runs no graph"
@@ -189,7 +189,7 @@ def _bundle_json(run: Run) -> dict[str, Any]:
         **nullable("scheme", scheme.get("name"), why=UNRECORDED),
         **nullable("group_size", scheme.get("group_size"), why=UNRECORDED),
         "backend": run.backend,
-        **nullable("lowering", None if run.backend == TORCH else run.lowering, why=NO_GRAPH),
+        **nullable("lowering", run.lowering if runs_graphs(run.backend) else None, why=NO_GRAPH),
         "accuracy_level": run.accuracy_level,
         "threads": run.threads,
     }
@@ -217,7 +217,9 @@ def _summaries(run: Run, keys: Mapping[str, str]) -> dict[str, Any]:
 
 def _rooflines(run: Run, bandwidth: Bandwidth) -> dict[str, Any]:
     """Both countings, or the packed one alone where no graph is run as its file holds it."""
-    other_reading = NO_GRAPH if run.backend == TORCH else FOLDED if run.lowering != QDQ else ""
+    other_reading = (
+        NO_GRAPH if not runs_graphs(run.backend) else FOLDED if run.lowering != QDQ else ""
+    )
     median = run.measurement("tpot").value
     rate = 1000 / median if median else None
     checkpoint = QuantCheckpoint.open(run.bundle.checkpoint_folder, verify=False)

@@ -21,7 +21,7 @@ from mbq_export.backends.torch import decoder_engine
 from mbq_export.evaluate.taps import Recorder, tapped_graph, torch_values
 from mbq_export.export.ops import INPUTS_EMBEDS, LOGITS
 from mbq_export.families.base import ANSWER
-from mbq_export.runtime import DECODER, TORCH, Session, graph_record, open_session
+from mbq_export.runtime import DECODER, ORACLE, TORCH, Session, graph_record, open_session
 from mbq_export.runtime.request import Engines, Prepared
 from mbq_export.runtime.sampling import Options
 
@@ -63,10 +63,10 @@ class Setup:
         return self.backend if self.backend == TORCH else f"{self.backend}:{self.lowering}"
 
     def open(self) -> Session:
-        """Open the session as users do."""
+        """Open the session as users do; the torch backend stands for the oracle here."""
         return open_session(
             self.bundle,
-            backend=self.backend,
+            backend=ORACLE if self.backend == TORCH else self.backend,
             lowering=self.lowering,
             dtype=self.dtype,
             threads=self.threads,

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mbq_export.backends import BACKENDS
 from mbq_export.backends.ort import open_graph
-from mbq_export.backends.torch import decoder_engine, embed_engine, fake_quant_model, vision_engine
+from mbq_export.backends.torch import (
+    decoder_engine,
+    embed_engine,
+    fake_quant_model,
+    kernel_engines,
+    vision_engine,
+)
 from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import FormatError, UsageError
 from mbq_export.families.inputs import Processor
@@ -22,13 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
     from mbq_export.backends.base import Engine
     from mbq_export.bundle import Bundle
-    from mbq_export.families.base import ModelFamily
 
-__all__ = ["Session", "graph_record", "open_session"]
+__all__ = ["Session", "graph_record", "open_session", "runs_graphs"]
 
 # What export calls its files and graphs; a test holds them to `export.record`.
 RECORD: Final = "mbq_export.json"
@@ -39,6 +42,8 @@ EMBED: Final = "embed_tokens"
 DECODER: Final = "decoder_model_merged"
 
 TORCH: Final = "torch"
+ORACLE: Final = "oracle"
+AUTO: Final = "auto"
 ORT: Final = "ort"
 
 
@@ -55,14 +60,15 @@ def open_session(
 
     Args:
         bundle: An opened bundle.
-        backend: ``ort``, or ``torch`` for the reference model, which needs no graphs.
-        lowering: Form of the decoder graph; ``torch`` has none and ignores it.
-        dtype: ``fp32`` or ``fp16``; ``torch`` computes in fp32.
-        threads: CPU threads; 0 takes all that this process may use. ``torch`` has its own setting.
+        backend: ``ort``; ``torch`` for the packed weights on the kernels, on a GPU if there is one, or
+            ``torch:cpu``, ``torch:cuda``; ``oracle`` for the reference model with dequantized weights.
+        lowering: Form of the decoder graph; only ``ort`` runs graphs.
+        dtype: ``fp32`` or ``fp16`` of the graphs of ``ort``.
+        threads: CPU threads; 0 takes all that this process may use. torch has its own setting.
         accuracy_level: Of ONNX Runtime's 4-bit products: 0 exact, 4 int8 activations (fast, not exact).
 
     Raises:
-        UsageError: E2001 if the bundle has no such graph, or there is no such backend.
+        UsageError: E2001 if the bundle has no such graph, or there is no such backend or device.
         MachineError: E30xx if the backend does not work here.
         BuildError: E6010 if it refuses a graph.
         FormatError: E40xx to E46xx for damaged files.
@@ -70,13 +76,19 @@ def open_session(
     config = read_config(bundle.checkpoint_folder)
     family = family_of(config)
     processor = Processor.from_folder(bundle.checkpoint_folder, family)
-    if backend == TORCH:
-        engines, newline = _oracle(bundle, family)
-    else:
-        engines = _graphs(bundle, _opener(backend, threads, accuracy_level), lowering, dtype)
-        newline = TensorFile(bundle.onnx / HOST_TENSORS).array(NEWLINE)
     longest = family.text_shape(config).max_positions
     limit = bundle.manifest.get("limits", {}).get("max_context") or longest
+    name = backend
+    if runs_graphs(backend):
+        engines = _graphs(bundle, _opener(backend, threads, accuracy_level), lowering, dtype)
+        newline, name = TensorFile(bundle.onnx / HOST_TENSORS).array(NEWLINE), f"{name}:{lowering}"
+    else:
+        checkpoint = _checkpoint(bundle)
+        newline = checkpoint.tensor(family.newline)
+        if backend == ORACLE:
+            engines = _oracle(checkpoint)
+        else:
+            engines, name = _kernels(checkpoint, backend, limit)
     model = Model(
         engines=engines,
         preprocessor=processor,
@@ -88,7 +100,12 @@ def open_session(
         ),
         limit=limit,
     )
-    return Session(model, name=TORCH if backend == TORCH else f"{backend}:{lowering}")
+    return Session(model, name=name)
+
+
+def runs_graphs(backend: str) -> bool:
+    """Whether a backend runs graphs, not the checkpoint."""
+    return backend != ORACLE and backend.partition(":")[0] != TORCH
 
 
 def graph_record(
@@ -117,7 +134,7 @@ def graph_record(
         "E2001",
         f"The bundle has no {dtype} graph {' '.join(filter(None, (name, lowering)))}.",
         why=f"it has {', '.join(graph['file'] for graph in graphs)}",
-        fix=("--lowering qdq", "--backend torch runs the checkpoint itself"),
+        fix=("--lowering qdq", "--backend oracle runs the checkpoint itself"),
     )
 
 
@@ -147,17 +164,27 @@ def _graphs(bundle: Bundle, load: Callable[[Path], Engine], lowering: str, dtype
     )
 
 
-def _oracle(bundle: Bundle, family: ModelFamily) -> tuple[Engines, NDArray[Any]]:
+def _checkpoint(bundle: Bundle) -> QuantCheckpoint:
     if not bundle.checkpoint_folder.is_dir():
         raise FormatError(
             "E4601",
             f"The bundle has no {bundle.checkpoint_folder.name} folder.",
-            why="the torch backend runs the checkpoint, not the graphs",
+            why="torch runs the checkpoint, not the graphs",
             fix="--backend ort",
         )
-    checkpoint = QuantCheckpoint.open(bundle.checkpoint_folder, verify=False)
+    return QuantCheckpoint.open(bundle.checkpoint_folder, verify=False)
+
+
+def _oracle(checkpoint: QuantCheckpoint) -> Engines:
     model = fake_quant_model(checkpoint)
-    engines = Engines(
+    return Engines(
         vision=vision_engine(model), embed=embed_engine(model), decoder=decoder_engine(model)
     )
-    return engines, checkpoint.tensor(family.newline)
+
+
+def _kernels(checkpoint: QuantCheckpoint, backend: str, limit: int) -> tuple[Engines, str]:
+    """The engines, and what reports call them: ``torch:cuda``."""
+    device = backend.partition(":")[2] or AUTO
+    found = kernel_engines(checkpoint, device=device, slots=limit)
+    engines = Engines(vision=found.vision, embed=found.embed, decoder=found.decoder)
+    return engines, f"{TORCH}:{found.device}"

@@ -2,9 +2,11 @@
 
     concat   past (1, H, P, D) + T new tokens  ──►  present (1, H, P + T, D)   grows
     static   past (1, H, C, D), write at P     ──►  present (1, H, C, D)       C slots from the start
+    kept     embeddings, positions             ──►  logits                     inside the decoder
 
-Which of the two a graph wants is read off its inputs: only static ones take indices to write at. Both give
-the same logits (EXPORT.md 4.3). Keys are stored after their rotation.
+Which of them a decoder wants is read off its inputs: only static ones take indices to write at, and one that
+keeps its cache takes nothing but embeddings and positions. All give the same logits (EXPORT.md 4.3). Keys are
+stored after their rotation.
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ from mbq_export.backends.base import Engine, TensorSpec
 from mbq_export.errors import FormatError, UsageError
 
 FIRST_INPUTS: Final = 3
+KEPT_INPUTS: Final = 2
+"""Embeddings and positions are all that a decoder takes which keeps its cache."""
 CACHE_RANK: Final = 4
 
 
@@ -29,16 +33,16 @@ class DecoderPorts:
 
     Attributes:
         embeds: (1, T, hidden) embeddings of the new tokens.
-        mask: (1, positions) int64, 1 where a key exists.
+        mask: (1, positions) int64, 1 where a key exists; None if the decoder keeps its cache.
         positions: (1, T) int64.
         write_indices: (1,) int64, the first free slot; None in concat mode.
-        past: Cache inputs.
+        past: Cache inputs; none if the decoder keeps its cache.
         logits: (1, T or 1, V).
         present: Cache outputs, in the order of ``past``.
     """
 
     embeds: TensorSpec
-    mask: TensorSpec
+    mask: TensorSpec | None
     positions: TensorSpec
     write_indices: TensorSpec | None
     past: tuple[TensorSpec, ...]
@@ -53,6 +57,16 @@ class DecoderPorts:
             FormatError: E4413 if they are not a decoder's.
         """
         inputs, outputs = decoder.inputs, decoder.outputs
+        if (len(inputs), len(outputs)) == (KEPT_INPUTS, 1):
+            return cls(
+                embeds=inputs[0],
+                mask=None,
+                positions=inputs[1],
+                write_indices=None,
+                past=(),
+                logits=outputs[0],
+                present=(),
+            )
         indices = [spec for spec in inputs[FIRST_INPUTS:] if len(spec.shape) == 1]
         past = inputs[FIRST_INPUTS + len(indices) :]
         caches = (*past, *outputs[1:])
@@ -114,7 +128,7 @@ class KvCache:
     @property
     def slots(self) -> int:
         """Positions the tensors have room for."""
-        return int(self.tensors[0].shape[2])
+        return int(self.tensors[0].shape[2]) if self.tensors else self.limit
 
     def feeds(self, embeds: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Return everything a call over new tokens takes.
@@ -127,13 +141,14 @@ class KvCache:
         """
         end = self.length + embeds.shape[1]
         self.check(end)
-        mask = np.zeros((1, self.slots if self.static else end), np.int64)
-        mask[:, :end] = 1
         feeds = {
             self.ports.embeds.name: embeds,
-            self.ports.mask.name: mask,
             self.ports.positions.name: np.arange(self.length, end, dtype=np.int64)[None],
         }
+        if self.ports.mask is not None:
+            mask = np.zeros((1, self.slots if self.static else end), np.int64)
+            mask[:, :end] = 1
+            feeds[self.ports.mask.name] = mask
         if self.ports.write_indices is not None:
             feeds[self.ports.write_indices.name] = np.array([self.length], np.int64)
         for spec, tensor in zip(self.ports.past, self.tensors, strict=True):

@@ -111,7 +111,7 @@ def check_finite(logits: NDArray[Any]) -> None:
             "E1103",
             f"{bad} of {logits.size} logits are NaN or infinite.",
             why="an activation overflowed, or the graph or a weight is damaged; no text is made of this",
-            fix=("mbq-export validate BUNDLE", "mbq-export run BUNDLE --backend torch"),
+            fix=("mbq-export validate BUNDLE", "mbq-export run BUNDLE --backend oracle"),
         )
 
 

@@ -62,9 +62,10 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return rounded_bundle(folder / "bundle", load_tiny(folder / "model"), scheme=None)
 
 
-@pytest.fixture(params=["qdq", "reference", "torch"])
+@pytest.fixture(params=["qdq", "reference", "torch:cpu", "oracle"])
 def session(subject: Subject, request: pytest.FixtureRequest) -> Iterator[Session]:
-    how = {"backend": "torch"} if request.param == "torch" else {"lowering": request.param}
+    backend = request.param in {"torch:cpu", "oracle"}
+    how = {"backend": request.param} if backend else {"lowering": request.param}
     with open_session(subject.bundle, threads=1, **how) as opened:
         yield opened
 
@@ -135,10 +136,11 @@ def test_the_fast_level_is_a_variant_of_its_own(subject: Subject) -> None:
         assert 1e-4 < relative(fast.teacher_forced(inputs), wanted) < 0.1
 
 
-def test_a_bundle_without_quantized_linears_answers_too(full: Bundle) -> None:
+@pytest.mark.parametrize("backend", ["ort", "torch:cpu"])
+def test_a_bundle_without_quantized_linears_answers_too(full: Bundle, backend: str) -> None:
     oracle = fake_quant_model(QuantCheckpoint.open(full.checkpoint_folder))
     inputs = oracle.processor.inputs(PROMPTS[0], pictures(1))
-    with open_session(full, threads=1) as session:
+    with open_session(full, backend=backend, threads=1) as session:
         assert relative(session.teacher_forced(inputs), logits(oracle, inputs)) < 1e-5
 
 
@@ -151,7 +153,12 @@ def test_the_context_of_the_bundle_is_the_limit(subject: Subject) -> None:
 
 
 def test_sessions_are_named_by_what_runs_them(session: Session) -> None:
-    assert session.name in {"ort:qdq", "ort:reference", "torch"}
+    assert session.name in {"ort:qdq", "ort:reference", "torch:cpu", "oracle"}
+
+
+def test_an_unknown_device_lists_the_known_ones(full: Bundle) -> None:
+    with pytest.raises(UsageError, match=r"Unknown device 'tpu'(?s:.*)known: auto, cpu, cuda"):
+        open_session(full, backend="torch:tpu")
 
 
 def test_a_graph_that_is_not_there_is_refused_with_those_that_are(full: Bundle) -> None:

@@ -1,0 +1,225 @@
+"""A checkpoint's decoder on the kernels: packed weights stay packed, on a CPU or a GPU.
+
+    checkpoint ── packed ── fused q|k|v, gate|up ── tile ──► Decoder ──► engine   embeddings, positions -> logits
+
+Not the oracle, which is the model's own code on dequantized weights (`torch.fake_quant_model`). On a CPU the
+operators compute in float32 by the schemes' oracles: slow, and for checking. On a GPU they are the kernels.
+
+The engine keeps keys and values to itself; a call whose first position is 0 begins a new sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbq_export.backends.base import TensorSpec
+from mbq_export.backends.torch import BATCH, FLOAT, SEQUENCE, TorchEngine
+from mbq_export.errors import FormatError, InternalError, MachineError, UsageError
+from mbq_export.families import FAMILIES
+from mbq_export.schemes import SCHEMES
+from mbq_export.schemes.layouts.tiles import fused, reason_to_keep_apart, tile
+from mbq_kernels.decoder import Decoder
+from mbq_kernels.decoder_weights import (
+    BlockWeights,
+    DecoderShape,
+    DecoderWeights,
+    DenseWeight,
+    Linear,
+)
+from mbq_kernels.weights import device_weight
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mbq_export.checkpoint import QuantCheckpoint
+    from mbq_export.families.base import TextShape
+    from mbq_export.schemes.base import PackedWeight
+    from mbq_export.schemes.layouts.tiles import RowOrder
+
+DEVICES: Final = ("auto", "cpu", "cuda")
+BFLOAT16: Final = "bfloat16"
+
+
+def device_of(name: str) -> torch.device:
+    """Choose where to compute.
+
+    Args:
+        name: One of `DEVICES`; ``auto`` takes a GPU if there is one.
+
+    Raises:
+        UsageError: E2001 for another name.
+        MachineError: E3001 if there is no GPU that torch can use.
+    """
+    if name not in DEVICES:
+        raise UsageError(
+            "E2001",
+            f"Unknown device {name!r}.",
+            why=f"known: {', '.join(DEVICES)}",
+            fix=tuple(f"--device {known}" for known in DEVICES),
+        )
+    here = torch.cuda.is_available()
+    if name == "cuda" and not here:
+        raise MachineError(
+            "E3001",
+            "torch finds no NVIDIA GPU.",
+            why=f"torch {torch.__version__} reports no CUDA device",
+            fix=("--device cpu", "mbq-export doctor"),
+        )
+    return torch.device("cuda" if here and name != "cpu" else "cpu")
+
+
+def dtype_on(device: torch.device, checkpoint: QuantCheckpoint) -> torch.dtype:
+    """Type of activations: float32 on a CPU, on a GPU the half that the model was trained in."""
+    if device.type == "cpu":
+        return torch.float32
+    config = checkpoint.config
+    trained = config.get("dtype") or config.get("text_config", {}).get("dtype")
+    return torch.bfloat16 if trained == BFLOAT16 else torch.float16
+
+
+def open_kernel_decoder(
+    checkpoint: QuantCheckpoint, *, device: torch.device, slots: int
+) -> TorchEngine:
+    """Load the decoder of a checkpoint onto a device.
+
+    Args:
+        checkpoint: Opened.
+        device: From `device_of`.
+        slots: Positions of its cache.
+
+    Raises:
+        FormatError: E4005 for a kind of decoder that is not supported, E41xx for tensors.
+    """
+    decoder = load_decoder(checkpoint, device=device, slots=slots)
+    text = FAMILIES[checkpoint.info["model"]["family"]].text_shape(checkpoint.config)
+    return TorchEngine(
+        "decoder",
+        inputs=(
+            TensorSpec(name="inputs_embeds", dtype=FLOAT, shape=(BATCH, SEQUENCE, text.hidden)),
+            TensorSpec(name="position_ids", dtype="int64", shape=(BATCH, SEQUENCE)),
+        ),
+        outputs=(TensorSpec(name="logits", dtype=FLOAT, shape=(BATCH, 1, text.vocab)),),
+        act=lambda feeds: (_read(decoder, feeds),),
+    )
+
+
+def load_decoder(checkpoint: QuantCheckpoint, *, device: torch.device, slots: int) -> Decoder:
+    """Load the decoder itself; arguments and errors as of `open_kernel_decoder`."""
+    family = FAMILIES[checkpoint.info["model"]["family"]]
+    text = family.text_shape(checkpoint.config)
+    _check_kind(text)
+    source = _Source(checkpoint=checkpoint, device=device, dtype=dtype_on(device, checkpoint))
+    weights = DecoderWeights(
+        embed=source.tensor(f"{family.embed}.weight"),
+        blocks=tuple(source.block(f"{family.blocks}.{layer}") for layer in range(text.layers)),
+        final_norm=source.tensor(f"{family.final_norm}.weight"),
+        head=source.linear(family.head),
+    )
+    shape = DecoderShape(
+        layers=text.layers,
+        hidden=text.hidden,
+        heads=text.heads,
+        kv_heads=text.kv_heads,
+        head_dim=text.head_dim,
+        intermediate=text.intermediate,
+        vocab=text.vocab,
+        norm_eps=text.norm_eps,
+        rope_theta=text.rope_theta,
+        qkv_bias=text.qkv_bias,
+    )
+    return Decoder(shape, weights, slots=slots)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """A checkpoint, read as what kernels take.
+
+    Attributes:
+        checkpoint: Opened.
+        device: Where tensors go.
+        dtype: Of everything that is not packed.
+    """
+
+    checkpoint: QuantCheckpoint
+    device: torch.device
+    dtype: torch.dtype
+
+    def tensor(self, name: str) -> Tensor:
+        values = np.array(self.checkpoint.tensor(name), np.float32)
+        return torch.from_numpy(values).to(self.device, self.dtype)
+
+    def block(self, path: str) -> BlockWeights:
+        attention, mlp = f"{path}.self_attn", f"{path}.mlp"
+        return BlockWeights(
+            input_norm=self.tensor(f"{path}.input_layernorm.weight"),
+            qkv=self.together([f"{attention}.{part}_proj" for part in "qkv"], "concat"),
+            o=self.linear(f"{attention}.o_proj"),
+            post_norm=self.tensor(f"{path}.post_attention_layernorm.weight"),
+            gate_up=self.together([f"{mlp}.gate_proj", f"{mlp}.up_proj"], "interleave16"),
+            down=self.linear(f"{mlp}.down_proj"),
+        )
+
+    def together(self, names: list[str], row_order: RowOrder) -> tuple[Linear, ...]:
+        """One linear of several where formats allow it, else one per name."""
+        records = [self.checkpoint.records.get(name) for name in names]
+        schemes = {None if record is None else record.scheme.name for record in records}
+        if None in schemes or len(schemes) > 1:
+            return tuple(self.linear(name) for name in names)
+        parts = [self.checkpoint.packed(name) for name in names]
+        if reason_to_keep_apart(parts, row_order=row_order) is not None:
+            return tuple(self.linear(name) for name in names)
+        return (self._tiled(fused(parts, row_order=row_order), str(schemes.pop())),)
+
+    def linear(self, name: str) -> Linear:
+        record = self.checkpoint.records.get(name)
+        if record is not None:
+            return self._tiled(self.checkpoint.packed(name), record.scheme.name)
+        bias = f"{name}.bias"
+        return DenseWeight(
+            weight=self.tensor(f"{name}.weight"),
+            bias=self.tensor(bias) if self.checkpoint.has(bias) else None,
+        )
+
+    def _tiled(self, packed: PackedWeight, scheme: str) -> Linear:
+        tiled = tile(packed, scheme=SCHEMES[scheme])
+        return device_weight(tiled, dtype=self.dtype, device=self.device)
+
+
+def _read(decoder: Decoder, feeds: Mapping[str, Tensor]) -> Tensor:
+    """Read new positions; (1, 1, V) logits of the last."""
+    embeds, positions = feeds["inputs_embeds"], feeds["position_ids"]
+    start, count = int(positions[0, 0]), positions.shape[1]
+    if start == 0:
+        decoder.reset()
+    if len(embeds) != 1 or embeds.shape[1] != count or start != decoder.length:
+        raise InternalError(
+            "E9001",
+            f"The decoder was asked for {embeds.shape[1]} positions from {start} on; "
+            f"its cache holds {decoder.length}.",
+            why="it reads one sequence from its start, without gaps",
+        )
+    rows = embeds[0].to(decoder.device, decoder.dtype)
+    logits = decoder.decode_step(rows) if count == 1 else decoder.prefill(rows)
+    # A copy: the decoder writes the next logits to the same place.
+    return logits.clone()[None, None]
+
+
+def _check_kind(text: TextShape) -> None:
+    odd = {
+        f"positions of kind {text.rope}": text.rope != "1d",
+        "norms of q and k": text.qk_norm,
+        f"activation {text.activation}": text.activation != "silu",
+    }
+    found = [what for what, is_so in odd.items() if is_so]
+    if found:
+        raise FormatError(
+            "E4005",
+            f"The decoder has {' and '.join(found)}.",
+            why="the torch backend runs rotary positions of one axis, silu and no norms of q and k",
+            fix="--backend oracle",
+        )

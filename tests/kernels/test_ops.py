@@ -1,0 +1,278 @@
+"""The operators give every case's answer, on meta tensors its shape, and a message for what they cannot do."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mbq_export.errors import MbqError
+from mbq_export.schemes.w4a8 import quantize_activations
+from mbq_kernels import ops
+from mbq_kernels.cases import DTYPES, adversarial_cases, epilogue_cases
+from mbq_kernels.comparison import Family
+from mbq_kernels.testing import Case, Epilogue, Problem, assert_close
+from mbq_kernels.weights import DeviceWeight, device_weight
+
+SCHEMES = ("w3a16", "w4a16", "w4a8")
+SMALL = Case(
+    scheme="w3a16", dtype=torch.float16, m=3, n=64, k=256, group_size=128, bias=True, residual=True
+)
+SKINNY_ROWS = 8
+"""Up to here the library multiplies by integers; above it rounds weights once."""
+FLOAT32_ROUNDING = 2e-7
+"""Rounding a float64 answer to float32, half an ulp of each element, with room."""
+
+
+def weight_of(problem: Problem, device: str = "cpu") -> DeviceWeight:
+    return device_weight(problem.tiled, dtype=problem.case.dtype, device=device)
+
+
+def name_of(epilogue: Epilogue) -> str:
+    return epilogue.value.replace("-", "_")
+
+
+def answer(problem: Problem, device: str = "cpu") -> Tensor:
+    return ops.apply(
+        weight_of(problem, device),
+        problem.x_on(device),
+        residual=None if problem.residual is None else problem.residual.to(device),
+        epilogue=name_of(problem.case.epilogue),
+    )
+
+
+def arguments(problem: Problem, **changes: Any) -> dict[str, Any]:
+    weight = weight_of(problem)
+    return {
+        "x": problem.x,
+        "codes": weight.codes,
+        "scales": weight.scales,
+        "zeros": weight.zeros,
+        "bias": weight.bias,
+        "residual": problem.residual,
+        "scheme": weight.scheme,
+        "n": weight.n,
+        "k": weight.k,
+        "group_size": weight.group_size,
+        "epilogue": "none",
+    } | changes
+
+
+def all_cases(scheme: str, dtype: torch.dtype) -> Iterator[Case]:
+    yield from adversarial_cases(scheme, dtype)
+    yield from epilogue_cases(scheme, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_cpu_answers_every_case_from_the_tiles(scheme: str, dtype: torch.dtype) -> None:
+    for case in all_cases(scheme, dtype):
+        problem = case.make(0)
+        assert_close(answer(problem), problem)
+
+
+def test_a_cpu_also_computes_in_float32_without_rounding() -> None:
+    problem = replace(SMALL, dtype=torch.float32).make(0)
+    found = answer(problem).double().numpy()
+    wanted = problem.answer.reference
+    assert np.linalg.norm(found - wanted) <= FLOAT32_ROUNDING * np.linalg.norm(wanted)
+
+
+def test_leading_axes_are_rows() -> None:
+    problem = replace(SMALL, m=6).make(0)
+    weight, residual = weight_of(problem), problem.residual
+    assert residual is not None
+    flat = ops.apply(weight, problem.x, residual=residual)
+    deep = ops.apply(weight, problem.x.view(2, 3, -1), residual=residual.view(2, 3, -1))
+    assert torch.equal(deep.view(6, -1), flat)
+
+
+def test_no_rows_give_no_rows() -> None:
+    weight = weight_of(SMALL.make(0))
+    assert ops.apply(weight, torch.zeros(0, 256, dtype=torch.float16)).shape == (0, 64)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("epilogue", Epilogue)
+def test_torch_finds_the_operator_consistent(scheme: str, epilogue: Epilogue) -> None:
+    residual = epilogue is Epilogue.NONE
+    case = replace(SMALL, scheme=scheme, epilogue=epilogue, residual=residual, bias=residual)
+    problem = case.make(0)
+    torch.library.opcheck(ops.linear, (), arguments(problem, epilogue=name_of(epilogue)))
+
+
+def test_torch_finds_the_activation_operator_consistent() -> None:
+    torch.library.opcheck(ops.quant_act, (torch.randn(3, 136),))
+
+
+def test_it_is_one_node_of_a_compiled_graph_of_any_number_of_rows() -> None:
+    problem = SMALL.make(0)
+    weight = weight_of(problem)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda x: ops.apply(weight, x), backend=keep, fullgraph=True, dynamic=True
+    )
+    for rows in (3, 5):
+        x = torch.randn(rows, 256).half()
+        assert torch.equal(compiled(x), ops.apply(weight, x))
+    assert len(graphs) == 1
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert sum("mbq" in name for name in called) == 1
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "another dtype of x": ({"x": torch.zeros(3, 256, dtype=torch.float64)}, "E4102"),
+    "another K": ({"x": torch.zeros(3, 128, dtype=torch.float16)}, "E4102"),
+    "x is no matrix": ({"x": torch.zeros(256, dtype=torch.float16)}, "E4102"),
+    "words of another type": ({"codes": torch.zeros(4, 2, 192, dtype=torch.int64)}, "E4102"),
+    "a tile too few": ({"codes": torch.zeros(3, 2, 192, dtype=torch.int32)}, "E4102"),
+    "tiles with gaps": (
+        {"codes": torch.zeros(4, 2, 384, dtype=torch.int32)[..., ::2]},
+        "E4102",
+    ),
+    "scales of another type": ({"scales": torch.zeros(4, 2, 8, 2)}, "E4102"),
+    "no zero points": ({"zeros": None}, "E4102"),
+    "zero points of another shape": ({"zeros": torch.zeros(4, 2, dtype=torch.int32)}, "E4102"),
+    "a bias of another dtype": ({"bias": torch.zeros(64)}, "E4102"),
+    "a bias of another length": ({"bias": torch.zeros(60, dtype=torch.float16)}, "E4102"),
+    "a residual of other rows": ({"residual": torch.zeros(2, 64, dtype=torch.float16)}, "E4102"),
+    "another device": ({"codes": torch.zeros(4, 2, 192, dtype=torch.int32, device="meta")}, "E4102"),
+    "an unknown scheme": ({"scheme": "w5a16"}, "E2001"),
+    "an unknown epilogue": ({"epilogue": "relu"}, "E2001"),
+    "a group size the scheme has not": ({"group_size": 48}, "E2004"),
+    "half a tile of gate": ({"epilogue": "silu_mul", "n": 60}, "E4102"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_a_linear_cannot_take_is_an_error_with_a_code(what: str) -> None:
+    changes, code = BAD[what]
+    with pytest.raises(MbqError) as caught:
+        ops.linear(**arguments(SMALL.make(0), **changes))
+    assert caught.value.code == code
+
+
+def test_what_is_no_tensor_is_a_type_error() -> None:
+    with pytest.raises((TypeError, RuntimeError), match="codes"):
+        ops.linear(**arguments(SMALL.make(0), codes="tiles"))
+
+
+def test_shapes_are_known_without_numbers() -> None:
+    given = arguments(SMALL.make(0), epilogue="silu_mul", residual=None)
+    bare = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in given.items()}
+    found = ops.linear(**bare)
+    assert (found.shape, found.dtype, found.device.type) == ((3, 32), torch.float16, "meta")
+
+
+@pytest.mark.parametrize("k", [8, 128, 136])
+def test_activations_are_quantized_as_the_scheme_says(k: int) -> None:
+    draws = np.random.default_rng(k)
+    x = draws.standard_normal((5, k)).astype(np.float16)
+    x[1], x[2, 3], x[3, 0] = 0, np.nan, np.inf
+    wanted, scales = quantize_activations(x)
+    codes, found = ops.quant_act(torch.from_numpy(x))
+    np.testing.assert_array_equal(found.numpy(), scales)
+    whole = np.zeros((5, 128 * -(-k // 128)), np.int8)
+    whole[:, :k] = wanted
+    for column in range(whole.shape[1]):
+        place = column - column % 4 + (0, 2, 1, 3).index(column % 4)
+        np.testing.assert_array_equal(codes[:, place].numpy(), whole[:, column])
+
+
+def test_activations_that_are_no_matrix_are_refused() -> None:
+    with pytest.raises(MbqError) as caught:
+        ops.quant_act(torch.zeros(8))
+    assert caught.value.code == "E4102"
+
+
+def test_only_importing_the_module_registers_the_operators() -> None:
+    code = (
+        "import torch, mbq_export.commands, mbq_kernels.weights, mbq_kernels.library;"
+        "before = hasattr(torch.ops.mbq, 'linear');"
+        "import mbq_kernels.ops;"
+        "raise SystemExit(before or not hasattr(torch.ops.mbq, 'linear'))"
+    )
+    path = {"PYTHONPATH": ":".join(p for p in sys.path if p)}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100, env=path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_gpu_answers_every_case(scheme: str, dtype: torch.dtype) -> None:
+    for case in all_cases(scheme, dtype):
+        problem = case.make(0)
+        family = Family.SKINNY if case.m <= SKINNY_ROWS else Family.GEMM
+        assert_close(answer(problem, "cuda"), problem, family=family)
+
+
+@pytest.mark.gpu
+def test_a_gpu_runs_the_compiled_library() -> None:
+    assert ops.chosen_library() is not None, "python kernels/build.py"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [8, 128, 136])
+def test_a_gpu_quantizes_activations_bit_for_bit(k: int) -> None:
+    x = torch.randn(5, k).half()
+    for found, wanted in zip(ops.quant_act(x.cuda()), ops.quant_act(x), strict=True):
+        assert torch.equal(found.cpu(), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 33])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_replayed_graph_gives_the_bits_of_a_plain_call(scheme: str, m: int) -> None:
+    problem = replace(SMALL, scheme=scheme, m=m, n=512, k=1024).make(0)
+    weight, x = weight_of(problem, "cuda"), problem.x_on("cuda").clone()
+    ops.apply(weight, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = ops.apply(weight, x)
+    for seed in range(3):
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        assert torch.equal(kept, ops.apply(weight, x))
+
+
+@pytest.mark.gpu
+def test_two_streams_do_not_share_scratch() -> None:
+    problems = [replace(SMALL, m=m, n=2048, k=4096, residual=False).make(m) for m in (1, 33)]
+    pairs = [(weight_of(problem, "cuda"), problem.x_on("cuda")) for problem in problems]
+    wanted = [ops.apply(weight, x) for weight, x in pairs]
+    streams = [torch.cuda.Stream() for _ in pairs]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        found = []
+        for stream, (weight, x) in zip(streams, pairs, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(ops.apply(weight, x))
+        torch.cuda.synchronize()
+        for y, right in zip(found, wanted, strict=True):
+            assert torch.equal(y, right)
+
+
+@pytest.mark.gpu
+def test_rows_that_start_anywhere_in_memory_are_copied_into_place() -> None:
+    problem = replace(SMALL, residual=False).make(0)
+    buffer = torch.zeros(problem.x.numel() + 1, dtype=torch.float16, device="cuda")
+    x = buffer[1:].view(problem.x.shape).copy_(problem.x)
+    assert_close(ops.apply(weight_of(problem, "cuda"), x), problem)
+
+
+@pytest.mark.gpu
+def test_float32_on_a_gpu_is_an_error_with_a_code() -> None:
+    weight = weight_of(replace(SMALL, bias=False).make(0), "cuda")
+    with pytest.raises(MbqError) as caught:
+        ops.apply(weight, torch.zeros(1, 256, device="cuda"))
+    assert caught.value.code == "E4102"
