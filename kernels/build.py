@@ -39,6 +39,7 @@ class Plan:
         sms: Architectures to compile for.
         ptx: Add the newest of them as PTX, for GPUs newer still.
         defines: Extra macros, for example ``MBQ_MUTANT=1``.
+        define_in: Stems of the sources that get them; empty for all.
         extra: Extra flags of the compiler, for example ``-fsanitize=address``.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     sms: tuple[int, ...] = USUAL_SMS
     ptx: bool = True
     defines: tuple[str, ...] = ()
+    define_in: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
 
     @property
@@ -73,9 +75,10 @@ class Plan:
         emulation = sorted((HERE / "emulation").glob("*.cpp")) if self.emulated else []
         return sorted((HERE / "src").glob("*.cu")) + emulation
 
-    def flags(self) -> list[str]:
-        """Flags of every compilation."""
-        common = ["-std=c++17", "-O2", *(f"-D{name}" for name in self.defines), *self.extra]
+    def flags(self, unit: Path) -> list[str]:
+        """Flags that one source is compiled with."""
+        macros = self.defines if not self.define_in or unit.stem in self.define_in else ()
+        common = ["-std=c++17", "-O2", *(f"-D{name}" for name in macros), *self.extra]
         common += [f"-I{HERE / folder}" for folder in INCLUDES]
         if self.emulated:
             # No contraction: the emulation rounds where the device rounds.
@@ -132,13 +135,15 @@ def compiled(
         for path in (HERE / folder).rglob("*")
         if path.suffix in {".h", ".cuh", ".inc"}
     )
-    command = [plan.compiler, *plan.flags(), *mode]
-    common = _hash(headers, command)
-    units = plan.sources()
-    made = [objects / f"{unit.stem}-{_hash([unit], [common])[:20]}{suffix}" for unit in units]
+    shared = _hash(headers, [])
+    commands = [[plan.compiler, *plan.flags(unit), *mode, str(unit)] for unit in plan.sources()]
+    made = [
+        objects / f"{unit.stem}-{_hash([unit], [shared, *command])[:20]}{suffix}"
+        for unit, command in zip(plan.sources(), commands, strict=True)
+    ]
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        todo = [(s, o) for s, o in zip(units, made, strict=True) if not o.is_file()]
-        for done in [pool.submit(_compile, [*command, str(unit)], out) for unit, out in todo]:
+        todo = [(c, out) for c, out in zip(commands, made, strict=True) if not out.is_file()]
+        for done in [pool.submit(_compile, command, out) for command, out in todo]:
             done.result()
     return made
 
@@ -179,6 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--define", action="append", default=[], help="extra macro NAME=VALUE; repeatable"
     )
     parser.add_argument(
+        "--define-in",
+        action="append",
+        default=[],
+        help="stem of a source that gets them; repeatable",
+    )
+    parser.add_argument(
         "--flag", action="append", default=[], help="extra compiler flag; repeatable"
     )
     parser.add_argument("--jobs", type=int, default=0, help="compilers at once; 0 is one per core")
@@ -188,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         emulated=asked.emulated,
         sms=tuple(sorted(asked.sm)) if asked.sm else USUAL_SMS,
         defines=tuple(asked.define),
+        define_in=tuple(asked.define_in),
         extra=tuple(asked.flag),
     )
     name = "libmbq_emulated.so" if plan.emulated else "libmbq_kernels.so"

@@ -12,7 +12,11 @@ ROOT = Path(__file__).parents[1]
 CODES = tomllib.loads((ROOT / "mbq_export/codes.toml").read_text())
 USED = re.compile(r'"(E\d{4})"')
 WARNED = re.compile(r'MBQ-(W\d{4})|warn\(\s*"(W\d{4})"')
-SOURCES = {path: path.read_text() for path in sorted((ROOT / "mbq_export").rglob("*.py"))}
+SOURCES = {
+    path: path.read_text()
+    for folder in ("mbq_export", "kernels")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
 
 
 def test_error_shows_what_where_why_and_what_to_type() -> None:

@@ -7,9 +7,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "mbq_export").rglob("*.py"))
-MODULES = (
-    PACKAGE + sorted((ROOT / "samples").rglob("*.py")) + sorted((ROOT / "tests").rglob("*.py"))
-)
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+MODULES = [
+    *PACKAGE,
+    *KERNELS,
+    *(path for folder in ("samples", "tests") for path in sorted((ROOT / folder).rglob("*.py"))),
+]
 LONGEST = 400
 LONGER: dict[str, str] = {}  # path -> why it is better in one piece
 EMPTY_NAMES = {"utils", "helpers", "common", "misc", "core"}
@@ -37,12 +40,12 @@ def test_source_root_is_not_a_package(folder: str) -> None:
     assert not (ROOT / folder / "__init__.py").exists(), f"{folder}/ would shadow another package."
 
 
-@pytest.mark.parametrize("module", PACKAGE, ids=relative)
+@pytest.mark.parametrize("module", PACKAGE + KERNELS, ids=relative)
 def test_module_says_what_it_is(module: Path) -> None:
     assert ast.get_docstring(ast.parse(module.read_text())), f"{relative(module)} has no docstring"
 
 
-@pytest.mark.parametrize("module", PACKAGE, ids=relative)
+@pytest.mark.parametrize("module", PACKAGE + KERNELS, ids=relative)
 def test_module_imports_nothing_that_runs_what_it_reads(module: Path) -> None:
     imported = {
         name.split(".")[0]

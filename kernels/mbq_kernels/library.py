@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
-from mbq_export.errors import MachineError, FormatError
+from mbq_export.errors import FormatError, MachineError
+from mbq_export.schemes import SCHEMES
+from mbq_export.schemes.layouts import LAYOUTS
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ABI: Final = 1
-SCHEME_IDS: Final = {"w3a16": 1, "w4a16": 2, "w4a8": 3}
+SCHEME_IDS: Final = {name: SCHEMES[name].number for name in ("w3a16", "w4a16", "w4a8")}
+"""The schemes this library has kernels for."""
 DTYPE_IDS: Final = {"float16": 1, "bfloat16": 2}
 EPILOGUE_IDS: Final = {"none": 0, "silu_mul": 1}
-LAYOUT_VERSION: Final = 1
 ALIGNMENT: Final = 16
 """Bytes that every pointer must be a multiple of."""
 
@@ -95,10 +99,11 @@ class LinearCall:
 
     def as_struct(self) -> LinearStruct:
         """The C descriptor."""
+        scheme = SCHEMES[self.scheme]
         return LinearStruct(
             struct_size=ctypes.sizeof(LinearStruct),
             scheme=SCHEME_IDS[self.scheme],
-            layout_version=LAYOUT_VERSION,
+            layout_version=LAYOUTS[scheme.kernel_layout].version,
             dtype=DTYPE_IDS[self.dtype],
             epilogue=EPILOGUE_IDS[self.epilogue],
             flags=0,
