@@ -122,9 +122,12 @@ constexpr TunedRow kTuned[] = {
 // Do blocks fill whole waves of the device, to within a tenth?
 inline bool fills_waves(int64_t blocks, int64_t sms) { return 10 * ceil_div(blocks, sms) * sms <= 11 * blocks; }
 
+// Registers a thread takes, rounded to how they are handed out (kernels/budget.json has the exact numbers).
+constexpr int skinny_registers(int n_tiles) { return n_tiles == 1 ? 120 : 144; }
+
 inline int skinny_start_rule(const MbqLinear &l, const MbqDevice &device, const NominalDevice &nominal) {
     const bool gated = l.epilogue == MBQ_EPILOGUE_SILU_MUL;
-    const int nt = l.n <= 8192 && !gated ? 1 : 2, depth = nt == 1 ? 2 : 1, registers = nt == 1 ? 80 : 120;
+    const int nt = l.n <= 8192 && !gated ? 1 : 2, depth = nt == 1 ? 2 : 1;
     const int64_t sms = device.sm_count, k_tiles = k_tiles_of(l), blocks = ceil_div(l.n, 16 * nt);
     int64_t splits = 1;
     // Below 64 KiB per SM the whole share is a few round trips to memory: splitting would only add a second pass.
@@ -132,20 +135,32 @@ inline int skinny_start_rule(const MbqLinear &l, const MbqDevice &device, const 
         for (int64_t s = 4; s >= 2; s /= 2)
             if (fills_waves(blocks * s, sms) && k_tiles / s >= 8) splits = s;
     const int64_t per_part = ceil_div(k_tiles, splits);
-    const auto tiles_per_warp = [&](int64_t warps) { return ceil_div(per_part, warps); };
-    const auto busy = [&](int64_t warps) { return tiles_per_warp(warps) >= 2 && warps <= most_skinny_warps(nt, groups_per_tile(l)); };
-    const auto even = [&](int64_t warps) { return 10 * tiles_per_warp(warps) * warps <= 11 * per_part; };
-    bool any_even = false;
-    for (const int warps : kSkinnyWarps) any_even = any_even || (busy(warps) && even(warps));
+    const auto resident = [&](int64_t warps) { // blocks that an SM holds at once
+        const int64_t by_registers = 65536 / (skinny_registers(nt) * 32 * warps);
+        const int64_t by_threads = nominal.threads_per_sm / (32 * warps);
+        return by_registers < by_threads ? by_registers : by_threads;
+    };
+    // Shares of the warps: at least two tiles each; to within a tenth equal; all blocks at once rather than a few later.
+    const auto able = [&](int64_t warps, int wishes) {
+        const int64_t share = ceil_div(per_part, warps);
+        if (share < 2 || warps > most_skinny_warps(nt, groups_per_tile(l))) return false;
+        if (wishes >= 1 && 10 * share * warps > 11 * per_part) return false;
+        return wishes < 2 || resident(warps) * sms >= blocks * splits;
+    };
+    int wishes = 2;
+    const auto none = [&] {
+        for (const int warps : kSkinnyWarps)
+            if (able(warps, wishes)) return false;
+        return true;
+    };
+    while (wishes > 0 && none()) --wishes;
     int chosen = 4;
     for (const int warps : kSkinnyWarps) {
-        if (!busy(warps) || (any_even && !even(warps))) continue;
+        if (!able(warps, wishes)) continue;
         chosen = warps;
-        const int64_t by_registers = 65536 / (registers * 32 * warps), by_threads = nominal.threads_per_sm / (32 * warps);
-        const double resident = static_cast<double>(by_registers < by_threads ? by_registers : by_threads);
         const double offered = static_cast<double>(blocks * splits) / static_cast<double>(sms);
-        const double in_flight = (resident < offered ? resident : offered) * warps * nt * 768.0 * depth;
-        if (in_flight >= 1024.0 * nominal.need_kib) break;
+        const double held = static_cast<double>(resident(warps));
+        if ((held < offered ? held : offered) * warps * nt * 768.0 * depth >= 1024.0 * nominal.need_kib) break;
     }
     return skinny_id(nt, depth, chosen, static_cast<int>(splits));
 }
