@@ -8,7 +8,7 @@ FAST := not slow and not gpu and not network
 SLOW := slow and not gpu and not network
 
 .DEFAULT_GOAL := all
-.PHONY: all setup demo test test-slow test-gpu lint fmt dist clean
+.PHONY: all setup demo test test-slow test-gpu lint fmt headers kernels dist clean
 
 all: lint test
 
@@ -58,6 +58,14 @@ lint: setup
 fmt: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Files that are made from others and checked in.
+headers: setup
+	$(BIN)/python -m mbq_export.schemes.layouts.header kernels/include/mbq/layout.h
+	$(BIN)/python kernels/bench.py table
+
+kernels:
+	$(PYTHON) kernels/build.py
 
 dist: setup
 	$(BIN)/python -m build

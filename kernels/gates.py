@@ -23,7 +23,6 @@ HERE: Final = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from build import Plan, compiled
-
 from mbq_export import native
 from mbq_export.errors import MachineError, MbqError
 from mbq_export.writing import write_file
