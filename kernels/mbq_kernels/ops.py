@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mbq_export.errors import MachineError
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.layouts.tiles import TILE_COLUMNS, TILE_ROWS, TiledWeight, padded, untile
 from mbq_export.schemes.w4a8 import LARGEST_ACTIVATION, SMALLEST_ABSMAX
@@ -255,9 +256,20 @@ def by_library(
 def by_triton(
     weight: DeviceWeight, x: Tensor, *, residual: Tensor | None = None, epilogue: str = NO_EPILOGUE
 ) -> Tensor:
-    """Run the Triton kernels, which round before residual and epilogue and so once more; arguments as of `apply`."""
-    from mbq_kernels.base import kernel_for  # noqa: PLC0415  (Triton is an extra)
+    """Run the Triton kernels, which round before residual and epilogue and so once more; arguments as of `apply`.
 
+    Raises:
+        MachineError: E3005 if Triton is not installed either.
+    """
+    try:
+        from mbq_kernels.base import kernel_for  # noqa: PLC0415  (Triton is an extra)
+    except ModuleNotFoundError as error:
+        raise MachineError(
+            "E3005",
+            "There is no compiled kernel library, and no Triton in its place.",
+            why=f"{BUILT_LIBRARY} is missing, and {error.name} is not installed",
+            fix=("python kernels/build.py", 'pip install "mbq-export[triton]"'),
+        ) from error
     y = kernel_for(weight.scheme).run(x.contiguous(), weight)
     if residual is None and epilogue == NO_EPILOGUE:
         return y

@@ -83,19 +83,20 @@ def dtype_on(device: torch.device, checkpoint: QuantCheckpoint) -> torch.dtype:
 
 
 def open_kernel_decoder(
-    checkpoint: QuantCheckpoint, *, device: torch.device, slots: int
+    checkpoint: QuantCheckpoint, *, device: torch.device, dtype: torch.dtype, slots: int
 ) -> TorchEngine:
     """Load the decoder of a checkpoint onto a device.
 
     Args:
         checkpoint: Opened.
         device: From `device_of`.
+        dtype: Of activations and cache, usually from `dtype_on`.
         slots: Positions of its cache.
 
     Raises:
         FormatError: E4005 for a kind of decoder that is not supported, E41xx for tensors.
     """
-    decoder = load_decoder(checkpoint, device=device, slots=slots)
+    decoder = load_decoder(checkpoint, device=device, dtype=dtype, slots=slots)
     text = FAMILIES[checkpoint.info["model"]["family"]].text_shape(checkpoint.config)
     return TorchEngine(
         "decoder",
@@ -108,12 +109,14 @@ def open_kernel_decoder(
     )
 
 
-def load_decoder(checkpoint: QuantCheckpoint, *, device: torch.device, slots: int) -> Decoder:
+def load_decoder(
+    checkpoint: QuantCheckpoint, *, device: torch.device, dtype: torch.dtype, slots: int
+) -> Decoder:
     """Load the decoder itself; arguments and errors as of `open_kernel_decoder`."""
     family = FAMILIES[checkpoint.info["model"]["family"]]
     text = family.text_shape(checkpoint.config)
     _check_kind(text)
-    source = _Source(checkpoint=checkpoint, device=device, dtype=dtype_on(device, checkpoint))
+    source = _Source(checkpoint=checkpoint, device=device, dtype=dtype)
     weights = DecoderWeights(
         embed=source.tensor(f"{family.embed}.weight"),
         blocks=tuple(source.block(f"{family.blocks}.{layer}") for layer in range(text.layers)),

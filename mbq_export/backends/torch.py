@@ -201,7 +201,7 @@ def kernel_engines(checkpoint: QuantCheckpoint, *, device: str, slots: int) -> K
         MachineError: E3001 if there is no GPU that torch can use.
         FormatError: E4005 for a kind of decoder that the kernels do not run, and as `fake_quant_model`.
     """
-    from mbq_export.backends._torch_decoder import device_of, open_kernel_decoder
+    from mbq_export.backends._torch_decoder import device_of, dtype_on, open_kernel_decoder
 
     where = device_of(device)
     family = FAMILIES[checkpoint.info["model"]["family"]]
@@ -211,7 +211,9 @@ def kernel_engines(checkpoint: QuantCheckpoint, *, device: str, slots: int) -> K
     return KernelEngines(
         vision=vision_engine(model),
         embed=embed_engine(model),
-        decoder=open_kernel_decoder(checkpoint, device=where, slots=slots),
+        decoder=open_kernel_decoder(
+            checkpoint, device=where, dtype=dtype_on(where, checkpoint), slots=slots
+        ),
         device=where.type,
     )
 

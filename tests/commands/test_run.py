@@ -22,7 +22,14 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "line", [[], ["--no-stream"], ["--no-stream", "-q"], ["--backend", "torch"]]
+    "line",
+    [
+        [],
+        ["--no-stream"],
+        ["--no-stream", "-q"],
+        ["--backend", "oracle"],
+        ["--backend", "torch", "--device", "cpu"],
+    ],
 )
 def test_text_comes_first_and_a_fixed_line_last(
     bundle: Path, picture: Path, line: list[str]
@@ -31,6 +38,19 @@ def test_text_comes_first_and_a_fixed_line_last(
     assert outcome.status == 0, outcome.err
     lines = outcome.out.splitlines()
     assert lines == [ANSWER, "OK  run  4 tokens, end"]
+
+
+def test_a_device_is_chosen_for_the_torch_backend_only(bundle: Path) -> None:
+    outcome = tell("run", bundle, "-p", "what ?", "--device", "cpu")
+    assert outcome.status == 2
+    assert "--backend torch --device cpu" in outcome.err
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_answer(bundle: Path, picture: Path) -> None:
+    chosen = ("--backend", "torch", "--device", "cuda")
+    outcome = tell("run", bundle, "-i", picture, "-p", "what is shown ?", *chosen)
+    assert outcome.out.splitlines() == [ANSWER, "OK  run  4 tokens, end"]
 
 
 def test_statistics_are_told_on_stderr_unless_quiet(bundle: Path) -> None:

@@ -16,8 +16,11 @@ from mbq_export.schemes.w4a8 import quantize_activations
 from mbq_kernels import ops
 from mbq_kernels.cases import DTYPES, adversarial_cases, epilogue_cases
 from mbq_kernels.comparison import Family
+from mbq_kernels.library import KernelLibrary, LinearCall
 from mbq_kernels.testing import Case, Epilogue, Problem, assert_close
 from mbq_kernels.weights import DeviceWeight, device_weight
+from tests.kernels.emulated import loaded
+from tests.kernels.emulated_linear import library_path
 
 SCHEMES = ("w3a16", "w4a16", "w4a8")
 SMALL = Case(
@@ -195,6 +198,15 @@ def test_activations_that_are_no_matrix_are_refused() -> None:
     assert caught.value.code == "E4102"
 
 
+def test_without_library_and_triton_both_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = SMALL.make(0)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "mbq_kernels.base", raising=False)
+    with pytest.raises(MbqError, match=r"pip install \S+mbq-export\[triton\]") as caught:
+        ops.by_triton(weight_of(problem), problem.x)
+    assert caught.value.code == "E3005"
+
+
 def test_only_importing_the_module_registers_the_operators() -> None:
     code = (
         "import torch, mbq_export.commands, mbq_kernels.weights, mbq_kernels.library;"
@@ -204,6 +216,64 @@ def test_only_importing_the_module_registers_the_operators() -> None:
     )
     path = {"PYTHONPATH": ":".join(p for p in sys.path if p)}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100, env=path)
+
+
+class Watched(KernelLibrary):
+    """The emulated library, which may touch nothing but what a call of the operators names."""
+
+    def allow(self, address: int, size: int, *, writable: bool = False) -> None:
+        if size:
+            self.cdll.mbq_emulation_register(address, size, writable)
+
+    def allow_only(self, *tensors: Tensor | None) -> None:
+        self.cdll.mbq_emulation_forget_all()
+        for tensor in tensors:
+            if tensor is not None:
+                self.allow(tensor.data_ptr(), tensor.nbytes)
+
+    def linear(self, call: LinearCall, *, m: int, y: int, **others: Any) -> None:
+        self.allow(
+            y, 2 * m * (call.n // 2 if call.epilogue == "silu_mul" else call.n), writable=True
+        )
+        self.allow(*others["workspace"], writable=True)
+        super().linear(call, m=m, y=y, **others)
+
+    def quant_act(self, *, m: int, k: int, xq: int, sx: int, **others: Any) -> None:
+        self.allow(xq, m * 128 * -(-k // 128), writable=True)
+        self.allow(sx, 4 * m, writable=True)
+        super().quant_act(m=m, k=k, xq=xq, sx=sx, **others)
+
+
+@pytest.fixture(scope="module")
+def watched() -> Watched:
+    path = library_path()
+    return Watched(loaded(path), path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_library_is_called_with_what_it_needs(
+    watched: Watched, scheme: str, dtype: torch.dtype
+) -> None:
+    for case in epilogue_cases(scheme, dtype):
+        problem = case.make(0)
+        weight = weight_of(problem)
+        x, residual = problem.x, problem.residual
+        watched.allow_only(x, residual, weight.codes, weight.scales, weight.zeros, weight.bias)
+        y = ops.by_library(watched, weight, x, residual=residual, epilogue=name_of(case.epilogue))
+        family = Family.SKINNY if case.m <= SKINNY_ROWS else Family.GEMM
+        assert_close(y, problem, family=family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [8, 128, 136])
+def test_the_library_quantizes_activations_bit_for_bit(watched: Watched, k: int) -> None:
+    x = torch.randn(5, k).half()
+    watched.allow_only(x)
+    found = ops.quant_act_by_library(watched, x)
+    for ours, wanted in zip(found, ops.quant_act(x), strict=True):
+        assert torch.equal(ours, wanted)
 
 
 @pytest.mark.gpu

@@ -105,6 +105,19 @@ def test_only_the_filled_part_of_a_static_cache_counts_as_read() -> None:
     assert static.filled_bytes == 4 * (2 * 2 * 4) * 4
 
 
+def test_a_decoder_that_keeps_its_cache_takes_embeddings_and_positions_alone() -> None:
+    whole = decoder()
+    kept = Ports(inputs=(whole.inputs[0], whole.inputs[2]), outputs=whole.outputs[:1])
+    inside = cache(kept, limit=4)
+    assert not inside.static
+    assert (inside.slots, inside.filled_bytes) == (4, 0)
+    assert inside.feeds(np.zeros((1, 3, 8), np.float32)).keys() == {"inputs_embeds", "position_ids"}
+    inside.take({}, 3)
+    assert inside.feeds(np.zeros((1, 1, 8), np.float32))["position_ids"].tolist() == [[3]]
+    with pytest.raises(UsageError, match=r"allows 4"):
+        inside.feeds(np.zeros((1, 2, 8), np.float32))
+
+
 NAMES = ("0.key", "0.value", "1.key", "1.value")
 GOOD = decoder()
 
