@@ -13,10 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mbq_export.errors import MachineError
+from mbq_kernels.comparison import Family
 from mbq_kernels.library import KernelLibrary, LinearCall
-from mbq_kernels.testing import Problem
+from mbq_kernels.testing import Problem, assert_close
 from tests.kernels.emulated import ROOT, BlockOrder, Buffer, Schedule, loaded
 
+FORCED_GEMM: Final = 101
+"""Smallest gemm config: also for the few rows that selection gives to skinny."""
+LARGEST_SKINNY: Final = 8
 DTYPE_NAMES: Final = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -46,18 +50,18 @@ SETTINGS: Final = (
 """All schedules, all block orders, both poisons: 0xFF is NaN in every float format, 0x5A a large integer."""
 
 
-def library_path(*, mutant: int = 0, sources: tuple[str, ...] = ()) -> Path:
-    """The emulated library, made if it is stale; with a planted defect in some sources if `mutant` is not 0."""
-    out = ROOT / "build" / "emulation" / ("linear.so" if not mutant else f"mutant_{mutant}.so")
-    defines = ["--define", f"MBQ_MUTANT={mutant}"] if mutant else []
-    only = [word for source in sources for word in ("--define-in", source)]
-    command = [sys.executable, ROOT / "kernels/build.py", "--emulated", "-o", out, *defines, *only]
+def library_path(mutant: int = 0, source: str = "") -> Path:
+    """The emulated library, made if it is stale; with a planted defect in one source if `mutant` is not 0."""
+    name = f"mutant_{mutant}_{source}" if mutant else "linear"
+    out = ROOT / "build" / "emulation" / f"{name}.so"
+    defines = ["--define", f"MBQ_MUTANT={mutant}", "--define-in", source] if mutant else []
+    command = [sys.executable, ROOT / "kernels/build.py", "--emulated", "-o", out, *defines]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     return out
 
 
-class Fault(AssertionError):
+class FaultError(AssertionError):
     """The emulation found something wrong with a kernel."""
 
 
@@ -81,7 +85,9 @@ class Emulator:
     def set_up(self, setting: Setting, buffers: list[Buffer]) -> None:
         """Choose the order of things and allow access to nothing but these buffers."""
         cdll = self.library.cdll
-        assert cdll.mbq_emulation_configure(setting.schedule, setting.seed, setting.block_order) == 0
+        assert (
+            cdll.mbq_emulation_configure(setting.schedule, setting.seed, setting.block_order) == 0
+        )
         cdll.mbq_emulation_poison(setting.poison)
         cdll.mbq_emulation_forget_all()
         for buffer in buffers:
@@ -97,7 +103,7 @@ class Emulator:
         """(M, N) output of one call.
 
         Raises:
-            Fault: If the emulation reports one.
+            FaultError: If the emulation reports one.
         """
         case = problem.case
         buffers, call = described(problem)
@@ -117,7 +123,7 @@ class Emulator:
                 config=config,
             )
         except MachineError as error:
-            raise Fault(self.library.cdll.mbq_emulation_message().decode()) from error
+            raise FaultError(self.library.cdll.mbq_emulation_message().decode()) from error
         finally:
             self.finish(everything)
         shape = problem.answer.reference.shape
@@ -149,3 +155,23 @@ def described(problem: Problem) -> tuple[dict[str, Buffer], LinearCall]:
         **{name: buffer.pointer for name, buffer in buffers.items() if name != "x"},
     )
     return buffers, call
+
+
+def checked(
+    emulator: Emulator,
+    problem: Problem,
+    config: int | None = None,
+    settings: tuple[Setting, ...] = SETTINGS,
+) -> Tensor:
+    """The output: within tolerance, and the same bytes under all settings.
+
+    Raises:
+        AssertionError: If it is neither, or the emulation reports a fault.
+    """
+    outputs = [emulator.linear(problem, setting, config) for setting in settings]
+    skinny = problem.case.m <= LARGEST_SKINNY if config is None else config < FORCED_GEMM
+    assert_close(outputs[0], problem, family=Family.SKINNY if skinny else Family.GEMM)
+    first = as_bytes(outputs[0]).tobytes()
+    for setting, other in zip(settings, outputs, strict=True):
+        assert as_bytes(other).tobytes() == first, f"{problem.case.name} differs under {setting}"
+    return outputs[0]

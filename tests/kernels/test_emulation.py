@@ -8,18 +8,23 @@ import torch
 
 from mbq_export.schemes import SCHEMES
 from mbq_kernels.cases import DTYPES, adversarial_cases, epilogue_cases
-from mbq_kernels.comparison import Family
 from mbq_kernels.library import SCHEME_IDS, DeviceStruct
-from mbq_kernels.testing import Case, Problem, assert_close
+from mbq_kernels.testing import Case, Problem
 from tests.kernels.emulated import BlockOrder, Schedule
-from tests.kernels.emulated_linear import SETTINGS, Emulator, Setting, as_bytes, described
+from tests.kernels.emulated_linear import (
+    FORCED_GEMM,
+    LARGEST_SKINNY,
+    SETTINGS,
+    Emulator,
+    Setting,
+    as_bytes,
+    checked,
+    described,
+)
 
 H100: Final = DeviceStruct(sm=90, sm_count=132, smem_optin=232448, l2_bytes=52428800)
 ROWS: Final = (*range(1, 10), 16, 33)
 SKINNY: Final = 1
-FORCED_GEMM: Final = 101
-"""Smallest gemm config: also for the few rows that selection gives to skinny."""
-LARGEST_SKINNY: Final = 8
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +34,7 @@ def emulator() -> Emulator:
 
 def base_case(scheme: str, dtype: torch.dtype) -> Case:
     """More than one block and more than one k-tile for every family, nothing a multiple of the largest block."""
-    return Case(
-        scheme=scheme, dtype=dtype, m=3, n=80, k=384, group_size=SCHEMES[scheme].group_size
-    )
-
-
-def checked(
-    emulator: Emulator, problem: Problem, config: int | None = None, settings: tuple[Setting, ...] = SETTINGS
-) -> torch.Tensor:
-    """The output: within tolerance, and the same bytes under all settings."""
-    outputs = [emulator.linear(problem, setting, config) for setting in settings]
-    skinny = problem.case.m <= LARGEST_SKINNY if config is None else config < FORCED_GEMM
-    assert_close(outputs[0], problem, family=Family.SKINNY if skinny else Family.GEMM)
-    first = as_bytes(outputs[0]).tobytes()
-    for setting, other in zip(settings, outputs, strict=True):
-        assert as_bytes(other).tobytes() == first, f"{problem.case.name} differs under {setting}"
-    return outputs[0]
+    return Case(scheme=scheme, dtype=dtype, m=3, n=80, k=384, group_size=SCHEMES[scheme].group_size)
 
 
 def legal_configs(emulator: Emulator, problem: Problem) -> list[dict[str, int]]:
@@ -63,7 +53,9 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @each_scheme
 @each_dtype
-def test_every_row_count_and_group_size_is_right(emulator: Emulator, scheme: str, dtype: torch.dtype) -> None:
+def test_every_row_count_and_group_size_is_right(
+    emulator: Emulator, scheme: str, dtype: torch.dtype
+) -> None:
     for group_size in SCHEMES[scheme].group_sizes:
         for m in ROWS:
             problem = replace(base_case(scheme, dtype), m=m, group_size=group_size).make(m)
@@ -74,7 +66,9 @@ def test_every_row_count_and_group_size_is_right(emulator: Emulator, scheme: str
 
 @each_scheme
 @each_dtype
-def test_adversarial_problems_are_right(emulator: Emulator, scheme: str, dtype: torch.dtype) -> None:
+def test_adversarial_problems_are_right(
+    emulator: Emulator, scheme: str, dtype: torch.dtype
+) -> None:
     for case in (*adversarial_cases(scheme, dtype), *epilogue_cases(scheme, dtype)):
         for seed in case.seeds():
             problem = case.make(seed)
@@ -95,7 +89,9 @@ def test_every_config_is_right_and_the_same_in_every_order(emulator: Emulator, s
                 checked(emulator, problem, config["id"])
                 seen.add(config["id"])
     never = {config["id"] for config in emulator.library.configs()} - seen
-    crowded = {c["id"] for c in emulator.library.configs() if c["family"] == SKINNY and c["warps"] > 8}
+    crowded = {
+        c["id"] for c in emulator.library.configs() if c["family"] == SKINNY and c["warps"] > 8
+    }
     assert never <= crowded, "configs that no problem of this test may use"
 
 
@@ -135,7 +131,9 @@ def test_a_row_is_the_same_alone_and_in_a_batch(emulator: Emulator, scheme: str)
 def test_calls_repeat_bit_for_bit(emulator: Emulator) -> None:
     problem = replace(base_case("w3a16", torch.float16), k=1024).make(0)
     for config in (None, FORCED_GEMM):
-        outputs = {as_bytes(emulator.linear(problem, Setting(), config)).tobytes() for _ in range(3)}
+        outputs = {
+            as_bytes(emulator.linear(problem, Setting(), config)).tobytes() for _ in range(3)
+        }
         assert len(outputs) == 1
 
 
