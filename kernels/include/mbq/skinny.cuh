@@ -67,7 +67,7 @@ struct WeightOnly {
         X x;
         const uint8_t *at = x_row + static_cast<uint64_t>(k_tile) * (2 * kTileColumns);
         MBQ_UNROLL
-        for (int b = 0; b < 4; ++b) x.block[b] = load16(at + 64 * b);
+        for (int b = 0; b < 4; ++b) x.block[b] = load16(at + (MBQ_MUTANT == 14 ? 72 : 64) * b);
         return x;
     }
     // Of the last tile only `columns` exist in x; zeros stand for the rest, since a NaN there times zero is a NaN.
