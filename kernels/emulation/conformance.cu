@@ -18,7 +18,7 @@ using namespace mbq;
 namespace {
 
 constexpr int kBlockThreads = 64, kBlocks = 2, kThreads = kBlockThreads * kBlocks;
-constexpr int kMaxIn = 10, kMaxOut = 8;
+constexpr int kMaxIn = 10, kMaxOut = 9;
 constexpr size_t kSharedBytes = 8192;
 
 struct Params {
@@ -120,6 +120,16 @@ MBQ_KERNEL copies(Params p) {
     result(p, 4, second.x), result(p, 5, second.y), result(p, 6, second.z), result(p, 7, second.w);
 }
 
+MBQ_KERNEL small_copies(Params p) {  // 8 bytes each, a third of them zeros
+    const uint32_t base = shared_base(), t = static_cast<uint32_t>(thread_index());
+    cp_async8(base + 8 * t, p.in + 2 * t + kThreads * block_x(), t % 3 != 1);
+    cp_async_commit();
+    cp_async_wait<0>();
+    block_barrier();
+    const Words2 v = lds8(base + 8 * (t ^ 33));
+    result(p, 0, v.x), result(p, 1, v.y);
+}
+
 MBQ_KERNEL wide_loads(Params p) {
     const uint32_t *from = p.in + 4 * (global_thread() ^ 7);
     const Words4 a = load16(from), b = load_stream16(from + kThreads);
@@ -130,7 +140,7 @@ MBQ_KERNEL wide_loads(Params p) {
 
 MBQ_KERNEL narrow_loads(Params p) {
     const uint32_t *from = p.in + (global_thread() ^ 5);
-    const uint8_t *bytes = reinterpret_cast<const uint8_t *>(from);
+    const uint8_t *bytes = settled(reinterpret_cast<const uint8_t *>(from));
     result(p, 0, load4(from)), result(p, 1, load_stream4(from)), result(p, 2, load_coherent4(from));
     result(p, 3, load2(bytes)), result(p, 4, load2(bytes + 2));
     result(p, 5, load1(bytes)), result(p, 6, load1(bytes + 1)), result(p, 7, load1(bytes + 3));
@@ -155,9 +165,9 @@ MBQ_KERNEL tickets(Params p) {
 }
 
 MBQ_KERNEL places(Params p) {
-    const int values[8] = {thread_index(), block_threads(), block_x(), block_y(), block_z(), grid_x(), lane_index(),
-                           warp_index()};
-    for (int j = 0; j < 8; ++j) result(p, j, static_cast<uint32_t>(values[j]));
+    const int values[9] = {thread_index(), block_threads(), block_x(),    block_y(),      block_z(),
+                           grid_x(),       lane_index(),    warp_index(), block_x_again()};
+    for (int j = 0; j < 9; ++j) result(p, j, static_cast<uint32_t>(values[j]));
 }
 
 enum class Draw { any, f16, bf16, f32, f16_integers, bf16_integers, f16_products, bf16_products };
@@ -197,11 +207,12 @@ const Operation kOperations[] = {
     {"ldmatrix4", "exact", Draw::any, 5, 4, matrices},
     {"shared", "exact", Draw::any, 5, 7, shared_words},
     {"cp_async", "exact", Draw::any, 3, 8, copies},
+    {"cp_async8", "exact", Draw::any, 2, 2, small_copies},
     {"wide_loads", "exact", Draw::any, 6, 8, wide_loads},
     {"narrow_loads", "exact", Draw::any, 1, 8, narrow_loads},
     {"stores", "exact", Draw::any, 4, 7, stores},
     {"tickets", "exact", Draw::any, 0, 3, tickets},
-    {"places", "exact", Draw::any, 0, 8, places},
+    {"places", "exact", Draw::any, 0, 9, places},
 };
 
 uint64_t mixed(uint64_t v) {  // splitmix64

@@ -272,6 +272,16 @@ def cp_async(given: Words) -> Words:
     return out
 
 
+def cp_async8(given: Words) -> Words:
+    words = given.reshape(-1)
+    out = np.zeros((2, THREADS), np.uint32)
+    for thread in range(THREADS):
+        block, writer = thread // BLOCK, thread % BLOCK ^ 33
+        if writer % 3 != 1:
+            out[:, thread] = words[2 * writer + THREADS * block :][:2]
+    return out
+
+
 def wide_loads(given: Words) -> Words:
     words = given.reshape(-1)
     at = 4 * (np.arange(THREADS) ^ 7)
@@ -305,11 +315,12 @@ def tickets(given: Words) -> Words:
 
 def places(given: Words) -> Words:
     thread = np.arange(THREADS, dtype=np.uint32)
-    index, ones = thread % BLOCK, np.ones(THREADS, np.uint32)
-    block = thread // BLOCK
+    block, index = np.divmod(thread, BLOCK)
+    zeros = np.zeros(THREADS, np.uint32)
+    threads, blocks = zeros + BLOCK, zeros + THREADS // BLOCK
     return np.stack(
-        [index, BLOCK * ones, block, 0 * ones, 0 * ones, 2 * ones, index % 32, index // 32]
-    )
+        [index, threads, block, zeros, zeros, blocks, index % 32, index // 32, block]
+    ).astype(np.uint32)
 
 
 def rint_to_int(given: Words) -> Words:
@@ -347,6 +358,7 @@ EXACT: Final[dict[str, Callable[[Words], Words]]] = {
     "ldmatrix4": ldmatrix4,
     "shared": shared,
     "cp_async": cp_async,
+    "cp_async8": cp_async8,
     "wide_loads": wide_loads,
     "narrow_loads": narrow_loads,
     "stores": stores,

@@ -1,5 +1,6 @@
 """Every instruction of arch.cuh: emulation against exact arithmetic, and against a GPU where one has been asked."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -70,6 +71,14 @@ def assert_agree(ours: dict[str, Operation], theirs: dict[str, Operation]) -> No
 
 def test_every_operation_has_a_reference(emulated: list[dict[str, Operation]]) -> None:
     assert set(emulated[0]) == {*EXACT, *SUMS, "f32_exponential"}
+
+
+def test_the_program_uses_every_function_of_the_device_header() -> None:
+    header, program = (path.read_text() for path in (ROOT / "kernels/include/mbq/arch.cuh", SOURCE))
+    named = set(re.findall(r"^ *(?:static )?MBQ_FN [\w ]+?[ *](\w+)\(", header, re.MULTILINE))
+    named |= set(re.findall(r"^MBQ_LOAD\((\w+)", header, re.MULTILINE))
+    assert len(named) > 40
+    assert {name for name in named if not re.search(rf"\b{name}\b", program)} == set()
 
 
 @pytest.mark.parametrize("name", EXACT)
