@@ -79,6 +79,17 @@ MBQ_FN int block_x() {
 #endif
 }
 
+// block_x() read anew: a compiler recomputes what follows from it, where it would keep or spill registers otherwise.
+MBQ_FN int block_x_again() {
+#if defined(MBQ_EMULATION)
+    return simt::block_x();
+#else
+    int v;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(v));
+    return v;
+#endif
+}
+
 MBQ_FN int block_y() {
 #if defined(MBQ_EMULATION)
     return simt::block_y();

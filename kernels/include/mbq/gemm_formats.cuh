@@ -10,16 +10,32 @@
 namespace mbq {
 namespace gemm {
 
+// Half a tile's words of a lane; the other words stay 0, which keeps registers free.
+template <class Words>
+MBQ_FN typename Words::Lane half_tile_codes(uint32_t tile, int half_tile) {
+    const int lane = lane_index();
+    typename Words::Lane codes{};
+    if constexpr (Words::kWords == 8) {
+        const Words4 four = lds16(tile + static_cast<uint32_t>(512 * half_tile + 16 * lane));
+        codes.w[4 * half_tile] = four.x, codes.w[4 * half_tile + 1] = four.y;
+        codes.w[4 * half_tile + 2] = four.z, codes.w[4 * half_tile + 3] = four.w;
+    } else if (half_tile == 0) {
+        const Words4 four = lds16(tile + static_cast<uint32_t>(16 * lane));
+        codes.w[0] = four.x, codes.w[1] = four.y, codes.w[2] = four.z;
+    } else {
+        const Words2 two = lds8(tile + static_cast<uint32_t>(512 + 8 * lane));
+        codes.w[3] = lds4(tile + static_cast<uint32_t>(16 * lane + 12)), codes.w[4] = two.x, codes.w[5] = two.y;
+    }
+    return codes;
+}
+
 // fp32 sums of 16-bit products; weights (u - z) * s are rounded once to T.
 template <class Words, class T, uint32_t scheme>
 struct Float {
     using Output = T;
     using Sum = float;
-    using Codes = typename Words::Lane;
     static constexpr uint32_t kScheme = scheme;
     static constexpr bool kInt8 = false;
-
-    static MBQ_FN Codes codes(uint32_t tile) { return Words::from_shared(tile, lane_index()); }
 
     // Scales and zero points of the lane's rows in one of a tile's groups.
     template <class B>
@@ -35,17 +51,20 @@ struct Float {
     // One panel: half a tile, two blocks of 32 columns.
     template <class B>
     static MBQ_FN void multiply_panel(const LinearParams &p, uint32_t panel, uint32_t slot, int half_tile,
-                                      const Codes (&codes)[B::kWarpTiles],
                                       Sum (&sum)[B::kWarpTiles][B::kRowTiles][4]) {
         const int first = warp_index() * B::kWarpTiles;
+        typename Words::Lane codes[B::kWarpTiles];
         RowPair<Words, T> pairs[B::kWarpTiles];
+        MBQ_UNROLL
+        for (int i = 0; i < B::kWarpTiles; ++i)
+            codes[i] = half_tile_codes<Words>(slot + static_cast<uint32_t>((first + i) * B::kShared.tile_bytes), half_tile);
         MBQ_UNROLL
         for (int block = 0; block < 2; ++block) {
             uint32_t a[B::kWarpTiles][8];
             MBQ_UNROLL
             for (int i = 0; i < B::kWarpTiles; ++i) {
-                // Groups of 64 or 128 columns serve both blocks.
-                if (block == 0 || p.group_shift == 5)
+                // Groups of 64 or 128 columns serve both blocks; bf16 has no registers left to keep their rows.
+                if (block == 0 || p.group_shift == 5 || T::kDtype == MBQ_BF16)
                     pairs[i] = rows<B>(slot, first + i, (64 * half_tile + 32 * block) >> p.group_shift);
                 pairs[i].block(codes[i], half_tile, block, a[i]);
             }
@@ -76,11 +95,10 @@ struct Float {
 
     template <class B>
     static MBQ_FN void multiply(const LinearParams &p, uint32_t stage, uint32_t slot, int stage_of_tile,
-                                const Codes (&codes)[B::kWarpTiles], Sum (&sum)[B::kWarpTiles][B::kRowTiles][4]) {
+                                Sum (&sum)[B::kWarpTiles][B::kRowTiles][4]) {
         MBQ_UNROLL
         for (int panel = 0; panel < B::kShared.panels; ++panel)
-            multiply_panel<B>(p, stage + static_cast<uint32_t>(panel * B::kPanelBytes), slot, stage_of_tile + panel,
-                              codes, sum);
+            multiply_panel<B>(p, stage + static_cast<uint32_t>(panel * B::kPanelBytes), slot, stage_of_tile + panel, sum);
     }
 
     // What one output multiplies: nothing, the weights are scaled.
@@ -93,11 +111,8 @@ template <class T, bool kGrouped>
 struct Int8 {
     using Output = T;
     using Sum = typename std::conditional<kGrouped, float, int32_t>::type;
-    using Codes = W4::Lane;
     static constexpr uint32_t kScheme = MBQ_W4A8;
     static constexpr bool kInt8 = true;
-
-    static MBQ_FN Codes codes(uint32_t tile) { return W4::from_shared(tile, lane_index()); }
 
     // Address of the lane's eight bytes of block 0; bits 5 and 6 of the chunk are the block, but for the swizzle.
     static MBQ_FN uint32_t x_address(uint32_t stage, int block) {
@@ -107,12 +122,14 @@ struct Int8 {
 
     template <class B>
     static MBQ_FN void multiply(const LinearParams &, uint32_t stage, uint32_t slot, int,
-                                const Codes (&codes)[B::kWarpTiles], Sum (&sum)[B::kWarpTiles][B::kRowTiles][4]) {
+                                Sum (&sum)[B::kWarpTiles][B::kRowTiles][4]) {
         uint32_t a[B::kWarpTiles][4][4];
         MBQ_UNROLL
         for (int i = 0; i < B::kWarpTiles; ++i) {
+            const int tile = warp_index() * B::kWarpTiles + i;
+            const W4::Lane codes = W4::from_shared(slot + static_cast<uint32_t>(tile * B::kShared.tile_bytes), lane_index());
             MBQ_UNROLL
-            for (int block = 0; block < 4; ++block) int8_fragments(codes[i], block, a[i][block]);
+            for (int block = 0; block < 4; ++block) int8_fragments(codes, block, a[i][block]);
         }
         uint32_t addresses[4];
         MBQ_UNROLL

@@ -51,8 +51,7 @@ public:
         }
         fence_device();
         block_barrier();
-        const int tile_blocks = (p.n_tiles + B::kTiles - 1) / B::kTiles;
-        if (thread_index() == 0) sts4(shared, atomic_add(p.tickets + at.row_block * tile_blocks + at.tile_block, 1));
+        if (thread_index() == 0) sts4(shared, atomic_add(p.tickets + at.ticket, 1));
         block_barrier();
         const bool last = lds4(shared) == static_cast<uint32_t>(p.splits - 1);
         fence_device();

@@ -33,7 +33,7 @@ struct Block {
 
 // What a block computes: rows first_row .. of X, tiles first_tile .. of W, columns of tiles begin .. end.
 struct Place {
-    int row_block, tile_block; // counted in blocks
+    int ticket; // which one counts the parts of K
     int first_row, first_tile;
     int begin, end;
 };
@@ -45,113 +45,87 @@ MBQ_FN int swizzled(int row, int chunk) {
     return 128 * row + 16 * (Format::kInt8 ? chunk ^ (row & 3) << 1 : chunk ^ (row & 1) << 2);
 }
 
-// One thread's share of all copies.
+// One thread's share of all copies. Addresses of copies that are not valid are never read and may lie anywhere.
 template <class B>
 class Ring {
 public:
     MBQ_FN Ring(const LinearParams &params, const Place &place)
-        : p(params), at(place), lane(lane_index()), shared(shared_base()) {
+        : p(params), end(place.end), lane(lane_index()), tile(warp_index() * B::kWarpTiles), shared(shared_base()) {
         const int row = thread_index() / 8, chunk = thread_index() % 8;
-        my_row = place.first_row + row;
-        row_bytes = B::Format::kInt8 ? size_t{128} * static_cast<size_t>(p.k_tiles) : size_t{2} * static_cast<size_t>(p.k);
-        x = p.x + static_cast<size_t>(my_row) * row_bytes + 16 * chunk;
-        column = (B::Format::kInt8 ? 16 : 8) * chunk;
-        x_shared = shared + static_cast<uint32_t>(swizzled<typename B::Format>(row, chunk));
-        my_tile = place.first_tile + warp_index() * B::kWarpTiles;
-        w_shared = shared + static_cast<uint32_t>(B::kDepth * B::kShared.stage_bytes);
-        groups_shift = 7 - p.group_shift;
+        x_rows = p.m - place.first_row - row;
+        x_column = (B::Format::kInt8 ? 16 : 8) * chunk;
+        x = p.x + static_cast<size_t>(place.first_row + row) * row_bytes() + 16 * chunk;
+        x_to = static_cast<uint32_t>(swizzled<typename B::Format>(row, chunk));
+        w_first = static_cast<uint32_t>(place.first_tile + tile) * static_cast<uint32_t>(p.k_tiles);
     }
 
-    // Begin the copies of one step of X, and of its tile of weights if the step is the first of the tile.
-    MBQ_FN void begin(int step, bool first_of_tile, int stage, int slot) const {
-        if (step >= at.end * B::kStagesPerTile) return;
-        copy_x(step, x_shared + static_cast<uint32_t>(stage * B::kShared.stage_bytes));
-        if (first_of_tile) copy_weights(step / B::kStagesPerTile, slot_address(slot));
+    // Begin the copies of one step: stage `phase` of a tile of columns, and the weights if it is the first of the tile.
+    MBQ_FN void begin(int k_tile, int phase, int stage, int slot) const {
+        if (k_tile >= end) return;
+        copy_x(k_tile * B::kStagesPerTile + phase, stage_address(stage) + x_to);
+        if (phase != 0) return;
+        MBQ_UNROLL
+        for (int i = 0; i < B::kWarpTiles; ++i) copy_tile(i, k_tile, slot_address(slot));
     }
 
     MBQ_FN uint32_t stage_address(int stage) const {
         return shared + static_cast<uint32_t>(stage * B::kShared.stage_bytes);
     }
     MBQ_FN uint32_t slot_address(int slot) const {
-        return w_shared + static_cast<uint32_t>(slot * B::kShared.slot_bytes);
+        return shared + static_cast<uint32_t>(B::kDepth * B::kShared.stage_bytes + slot * B::kShared.slot_bytes);
     }
 
 private:
+    MBQ_FN size_t row_bytes() const {
+        return B::Format::kInt8 ? size_t{128} * static_cast<size_t>(p.k_tiles) : size_t{2} * static_cast<size_t>(p.k);
+    }
+
     MBQ_FN void copy_x(int step, uint32_t to) const {
         constexpr int kPassRows = B::kThreads / 8;
-        const size_t stage_bytes = static_cast<size_t>(128 * B::kShared.panels);
+        const size_t pass_bytes = kPassRows * row_bytes();
         MBQ_UNROLL
         for (int panel = 0; panel < B::kShared.panels; ++panel) {
-            const uint8_t *from = x + static_cast<size_t>(step) * stage_bytes + 128 * panel;
+            const uint8_t *from = x + static_cast<size_t>(128 * (step * B::kShared.panels + panel));
             // int8 rows are padded to whole tiles; 16-bit rows end at k.
-#if MBQ_MUTANT == 8
-            const bool inside = true;
-#else
-            const bool inside = B::Format::kInt8 || step * B::kShared.columns + 64 * panel + column < p.k;
-#endif
+            const bool inside = B::Format::kInt8 || MBQ_MUTANT == 8 ||
+                                64 * (step * B::kShared.panels + panel) + x_column < p.k;
             MBQ_UNROLL
             for (int pass = 0; pass < B::kRows / kPassRows; ++pass) {
-#if MBQ_MUTANT == 7
-                const bool valid = inside;
-#else
-                const bool valid = inside && my_row + pass * kPassRows < p.m;
-#endif
-                cp_async16(to + static_cast<uint32_t>(panel * B::kPanelBytes + pass * kPassRows * 128),
-                           valid ? from + static_cast<size_t>(pass * kPassRows) * row_bytes : p.x, valid);
+                const bool valid = inside && (MBQ_MUTANT == 7 || pass * kPassRows < x_rows);
+                cp_async16(to + static_cast<uint32_t>(panel * B::kPanelBytes + pass * kPassRows * 128), from, valid);
+                from += pass_bytes;
             }
         }
     }
 
-    MBQ_FN void copy_weights(int k_tile, uint32_t slot) const {
-        constexpr int kTileChunks = B::kShared.tile_bytes / 16, kChunks = B::kWarpTiles * kTileChunks;
-        const int first = warp_index() * B::kWarpTiles;
+    // Tile i of the warp's: codes, and scales and zero points of its groups. Lanes take chunks in order.
+    MBQ_FN void copy_tile(int i, int k_tile, uint32_t slot) const {
+        const uint32_t index = w_first + static_cast<uint32_t>(i * p.k_tiles + k_tile); // memory ends before 32 bits do
+        const bool valid = index < static_cast<uint32_t>(p.n_tiles) * static_cast<uint32_t>(p.k_tiles);
+        const uint8_t *from = p.codes + size_t{index} * B::kShared.tile_bytes + 16 * lane;
+        const uint32_t to = slot + static_cast<uint32_t>((tile + i) * B::kShared.tile_bytes + 16 * lane);
         MBQ_UNROLL
-        for (int i = 0; i < (kChunks + 31) / 32; ++i) {
-            const int chunk = lane + 32 * i, tile = chunk / kTileChunks, offset = 16 * (chunk % kTileChunks);
-            if (chunk >= kChunks) break;
-            const bool valid = my_tile + tile < p.n_tiles;
-            const size_t from = tile_index(tile, k_tile, p.k_tiles) * static_cast<size_t>(B::kShared.tile_bytes);
-            cp_async16(slot + static_cast<uint32_t>((first + tile) * B::kShared.tile_bytes + offset),
-                       valid ? p.codes + from + offset : p.codes, valid);
-        }
-        if (p.groups != 0) copy_groups(k_tile, slot);
-    }
-
-    // Scales and zero points of the tile's groups. Up to 16 lanes take a chunk of scales each, as many one group of zeros.
-    MBQ_FN void copy_groups(int k_tile, uint32_t slot) const {
-        const int first = warp_index() * B::kWarpTiles, group = k_tile << groups_shift;
-        const int tile = lane >> (groups_shift + 1), chunk = lane & ((2 << groups_shift) - 1);
-        if (tile < B::kWarpTiles) {
-            const bool valid = my_tile + tile < p.n_tiles;
-            const size_t from = tile_index(tile, group, p.groups) * 32u + static_cast<size_t>(16 * chunk);
-            cp_async16(slot + static_cast<uint32_t>(B::kScalesAt + (first + tile) * B::kShared.scale_bytes + 16 * chunk),
-                       valid ? p.scales + from : p.scales, valid);
-        }
-        if constexpr (B::kShared.zero_bytes != 0) {
-            const int zero_tile = lane >> groups_shift, zero_group = lane & ((1 << groups_shift) - 1);
-            if (zero_tile < B::kWarpTiles) {
-                const bool valid = my_tile + zero_tile < p.n_tiles;
-                const size_t from = tile_index(zero_tile, group + zero_group, p.groups) * 8u;
-                cp_async8(slot + static_cast<uint32_t>(B::kZerosAt + (first + zero_tile) * B::kShared.zero_bytes +
-                                                       8 * zero_group),
-                          valid ? p.zeros + from : p.zeros, valid);
-            }
-        }
-    }
-
-    // Place of one of the warp's tiles in an array [n_tiles, width].
-    MBQ_FN size_t tile_index(int tile, int column_index, int width) const {
-        return static_cast<size_t>(my_tile + tile) * static_cast<size_t>(width) + static_cast<size_t>(column_index);
+        for (int byte = 0; byte < B::kShared.tile_bytes; byte += 512)
+            if (byte + 16 * lane < B::kShared.tile_bytes) cp_async16(to + static_cast<uint32_t>(byte), from + byte, valid);
+        if (p.groups == 0) return;
+        const int groups = 128 >> p.group_shift;
+        const size_t group = size_t{index} * static_cast<size_t>(groups);
+        const uint32_t scales = slot + static_cast<uint32_t>(B::kScalesAt + (tile + i) * B::kShared.scale_bytes);
+        const uint32_t zeros = slot + static_cast<uint32_t>(B::kZerosAt + (tile + i) * B::kShared.zero_bytes);
+        if (lane < 2 * groups) cp_async16(scales + static_cast<uint32_t>(16 * lane), p.scales + 32 * group + 16 * lane, valid);
+        if constexpr (B::kShared.zero_bytes != 0)
+            if (lane < groups) cp_async8(zeros + static_cast<uint32_t>(8 * lane), p.zeros + 8 * group + 8 * lane, valid);
     }
 
     const LinearParams &p;
-    const Place &at;
-    const int lane;
+    const int end, lane;
+    const int tile;         // the warp's first, within the block
     const uint32_t shared;
-    int my_row, my_tile, column, groups_shift;
-    size_t row_bytes;
-    const uint8_t *x;
-    uint32_t x_shared, w_shared;
+    int x_rows;             // how many there are from the thread's first on
+    int x_column;           // within a panel
+    uint32_t x_to;          // within a stage
+    const uint8_t *x;       // the thread's first chunk
+    uint32_t w_first;       // index of the warp's first tile at k_tile 0
 };
 
 }  // namespace gemm
