@@ -3,7 +3,7 @@
 //   sx = max(max|x|, 1e-5) / 127      xq = rint(x / sx)      both with IEEE division, all in fp32
 //
 // Every four columns are stored in byte order 0 2 1 3, the order of a tile's nibbles; columns k .. 128 * k_tiles are 0.
-// A token that holds a NaN or an infinity gets sx = NaN and xq = 0: its whole output row becomes NaN, and no other.
+// A token that holds a NaN or an infinity has that scale and xq = 0: 0 * sx makes its whole output row NaN, and no other.
 #pragma once
 
 #include "mbq/arch.cuh"
@@ -26,7 +26,7 @@ namespace act_quant {
 constexpr int kMaxThreads = 1024;
 constexpr float kSmallest = 1e-5f;
 constexpr float kLevels = 127.0f;
-constexpr uint32_t kInfinity = 0x7F800000u, kNan = 0x7FC00000u;
+constexpr uint32_t kInfinity = 0x7F800000u;
 
 MBQ_FN uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
@@ -77,7 +77,7 @@ MBQ_KERNEL MBQ_BOUNDS(act_quant::kMaxThreads, 1) quant_act_kernel(const QuantAct
     }
     const float absmax = T::to_float(block_max(top));
     const bool finite = bits_of_float(absmax) < kInfinity;
-    const float sx = finite ? div_rn(absmax > kSmallest ? absmax : kSmallest, kLevels) : float_of_bits(kNan);
+    const float sx = div_rn(absmax < kSmallest ? kSmallest : absmax, kLevels); // in this order a NaN passes
     if (thread_index() == 0) store<float>(p.sx + row, sx);
 
     for (int column = 8 * thread_index(); column < 128 * p.k_tiles; column += 8 * block_threads()) {
