@@ -1,4 +1,4 @@
-"""Time bundles against each other."""
+"""Time bundles against each other, or the kernels against their limits."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,13 +7,15 @@ import typer
 
 from mbq_export.commands import options
 from mbq_export.commands.console import Console, counted
+from mbq_export.errors import UsageError
 
 
 def command(
     context: typer.Context,
     bundles: Annotated[
-        list[Path], typer.Argument(help="One bundle, or several to compare.", metavar="BUNDLE...")
-    ],
+        list[Path] | None,
+        typer.Argument(help="One bundle, or several to compare.", metavar="BUNDLE..."),
+    ] = None,
     prompt_tokens: Annotated[
         str | None,
         typer.Option(
@@ -44,13 +46,54 @@ def command(
         bool, typer.Option("--allow-noisy", help="A noisy machine is a warning, not an error.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Folder for bench.json.", show_default=False)
+        Path | None, typer.Option("-o", "--out", help="Folder for results.", show_default=False)
     ] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Time single linears on a GPU, no bundle.")
+    ] = False,
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", help="--kernels: short (default) or full.", show_default=False),
+    ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            "--peers", help="--kernels: auto (default), none, or packages.", show_default=False
+        ),
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option("--shapes", help="--kernels: NxK,... to time instead.", show_default=False),
+    ] = None,
+    library: Annotated[
+        Path | None,
+        typer.Option("--library", help="--kernels: the compiled kernels.", show_default=False),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="--kernels: rehearse without a GPU, time nothing.")
+    ] = False,
 ) -> None:
-    """Time bundles against each other, interleaved in one run.
+    """Time bundles against each other, interleaved in one run; or kernels against their limits.
 
     mbq-export bench baseline out -n 32 -o results
+
+    mbq-export bench --kernels --suite full -o results
     """
+    given = {"--suite": suite, "--peers": peers, "--shapes": shapes, "--library": library}
+    named = [name for name, value in given.items() if value is not None]
+    if kernels:
+        request = (suite or "short", peers or "auto", shapes, library, dry_run)
+        _bench_kernels(context.obj, request, bundles or [], out)
+        return
+    if named or dry_run:
+        raise UsageError(
+            "E2002",
+            f"{(named or ['--dry-run'])[0]} is for kernels, and bundles are timed here.",
+            why="bundles are timed as they are",
+            fix="add --kernels, and leave out the bundles",
+        )
+    if not bundles:
+        raise typer.BadParameter("name a bundle, or --kernels", param_hint="BUNDLE...")
     from mbq_export.bundle import Bundle
     from mbq_export.evaluate.bench import Contender, Protocol, bench, matrix
     from mbq_export.evaluate.bench_report import comparison_rows, noise_error, rows
@@ -97,3 +140,31 @@ def command(
     console.finish(
         report.as_json(), what=f"{counted(contenders, 'bundle')}, {counted(workloads, 'workload')}"
     )
+
+
+def _bench_kernels(
+    console: Console,
+    request: tuple[str, str, str | None, Path | None, bool],
+    bundles: list[Path],
+    out: Path | None,
+) -> None:
+    """Time kernels, write the result, refuse it if an answer was wrong."""
+    from mbq_export.evaluate.kernel_bench import KernelRequest, bench_kernels, check_gate, lines_of
+
+    if bundles:
+        raise UsageError(
+            "E2002",
+            f"--kernels times single linears, not {bundles[0]}.",
+            why="kernels are timed on random weights",
+            fix="leave out --kernels, or the bundle",
+        )
+    suite, peers, shapes, library, dry_run = request
+    folder = options.result_folder(out, [])
+    asked = KernelRequest(suite=suite, peers=peers, shapes=shapes, library=library, dry_run=dry_run)
+    with console.progress("bench --kernels") as progress:
+        result = bench_kernels(asked, out=folder, progress=progress)
+    for line in lines_of(result):
+        console.text(line)
+    check_gate(result)
+    rows = counted(result["rows"], "row")
+    console.finish(result, what=f"{rows}, {'nothing timed: a dry run' if dry_run else 'timed'}")

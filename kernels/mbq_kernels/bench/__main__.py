@@ -17,9 +17,10 @@ from typing import Any, Final
 from mbq_export.errors import MbqError
 from mbq_kernels.bench.document import failures, json_text, write_result
 from mbq_kernels.bench.machine import ROOT
-from mbq_kernels.bench.page import page, remarks
+from mbq_kernels.bench.page import page
 from mbq_kernels.bench.run import Request, chosen_suite, open_rig, run
 from mbq_kernels.bench.shapes import FULL, SHORT, SUITES, shapes_of
+from mbq_kernels.bench.summary import summary
 from mbq_kernels.bench.tune import merged, tune
 from mbq_kernels.bench.tuning_table import BUCKETS, FOLDER, check_table, inc_text, read_tables
 
@@ -114,36 +115,6 @@ def _shapes(arguments: argparse.Namespace) -> tuple[Any, ...]:
 
 def _say(done: int, total: int, note: str = "") -> None:
     sys.stderr.write(f"{done}/{total}  {note}\n")
-
-
-def summary(result: dict[str, Any]) -> list[str]:
-    """The result in short lines: single rows, chain, decode, targets."""
-    lines = [f"{'N x K':>13} {'M':>5}  {'kernel':<28} {'us':>9} {'% read':>7} {'x':>6}  remarks"]
-    for row in result["rows"] or result["rehearsal"]["rows"]:
-        timing = row["timing"]
-        lines.append(
-            f"{row['n']:>6}x{row['k']:<6} {row['m']:>5}  {row['entrant']:<28} "
-            f"{_figure(None if timing is None else timing['median_us'], 9, 2)} "
-            f"{_figure(row['percent_of_read'], 7, 1)} {_figure(row['speedup'], 6, 2)}  {remarks(row)}"
-        )
-    lines += [
-        f"chain  {row['entrant']:<28} {_figure(row['token_ms'], 9, 3)} ms  {remarks(row)}"
-        for row in result["chain"]
-    ]
-    lines += [
-        f"decode at {row['context']:>5}  {row['entrant']:<28} {_figure(row['token_ms'], 9, 3)} ms "
-        f"{_figure(row['speedup'], 6, 2)}  {remarks(row)}"
-        for row in (result["decode"] or {"rows": []})["rows"]
-    ]
-    lines += [f"not measured: {each['entrant']}: {each['why']}" for each in result["absent"]]
-    for target in result["targets"]:
-        found = "" if target["value"] is None else f" ({target['value']:.3g} {target['unit']})"
-        lines.append(f"{target['id']:<4} {target['status']:<16} {target['text']}{found}")
-    return lines
-
-
-def _figure(value: float | None, width: int, digits: int) -> str:
-    return "-".rjust(width) if value is None else f"{value:{width}.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def _timed(
     rig: Rig, shape: DecoderShape, variant: Variant, context: int, whys: dict[str, str]
 ) -> Timing | None:
     """Make the decoder, check its linears, time its steps, give its memory back."""
-    weights = None
+    weights = decoder = None
     try:
         weights = random_weights(
             shape,
@@ -152,7 +152,7 @@ def _timed(
     except MbqError as error:
         whys[variant.name] = error.message
     finally:
-        del weights
+        del weights, decoder
         release(rig)
     return None
 

@@ -5,7 +5,24 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from mbq_export.errors import MachineError
 from mbq_kernels.bench.entrant import Setting
+from mbq_kernels.library import KernelLibrary
+
+
+def check_emulated(library: KernelLibrary) -> None:
+    """Refuse a library that only a GPU can run.
+
+    Raises:
+        MachineError: E3005.
+    """
+    if not hasattr(library.cdll, "mbq_emulation_register"):
+        raise MachineError(
+            "E3005",
+            f"{library.path} is not the emulated library.",
+            why="a dry run has no GPU to run it on",
+            fix="python kernels/build.py --emulated",
+        )
 
 
 def show(setting: Setting, *, reads: Iterable[Tensor | None], writes: Iterable[Tensor]) -> None:

@@ -56,7 +56,7 @@ class Device:
             sm_count=found.multi_processor_count,
             l2_bytes=found.L2_cache_size,
             memory_bytes=found.total_memory,
-            smem_optin=found.shared_memory_per_block_optin,
+            smem_optin=found.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # stubs lack it
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mbq_kernels.bench.chain import chain_entrants, time_chain
 from mbq_kernels.bench.clock import Clock, GraphClock, Rehearsal
 from mbq_kernels.bench.decode import TINY, TINY_CONTEXTS, time_decode
 from mbq_kernels.bench.document import SCHEMA, check_document
+from mbq_kernels.bench.emulated import check_emulated
 from mbq_kernels.bench.entrant import Entrant, Setting
 from mbq_kernels.bench.limits import PREDICTED, card_named, card_of, predicted_chain_ms
 from mbq_kernels.bench.linears import FORMATS, contenders, format_name
@@ -155,6 +156,8 @@ def _rehearse(
     clock = Rehearsal()
     path = request.library or (EMULATED if EMULATED.is_file() else None)
     library = None if path is None else KernelLibrary.load(path)
+    if library is not None:
+        check_emulated(library)
     setting = Setting(device=clock.device, machine=Device.of(clock.device), library=library)
     rig = _rig(clock, setting, progress)
     result = _frame(request, rig, entrants)
