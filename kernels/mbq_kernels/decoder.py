@@ -10,11 +10,14 @@ Everything a step reads lies at fixed addresses: the embedding of its token, its
 leaves the logits, the best token, that token's embedding and the next position behind, so that replaying the
 graph again decodes greedily without the host. Batch 1.
 
-Keys of all slots are scored and those after the position masked, since sizes inside a graph cannot change:
-attention costs what the slots cost, so give the slots that are needed.
+On a GPU with Triton a step attends by `decode_attention`, which reads the filled slots alone. Elsewhere it is
+torch's own attention over all slots with those after the position masked, since sizes inside a graph cannot
+change: that costs what the slots cost.
 """
 
-from collections.abc import Collection
+import importlib.util
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -33,6 +36,8 @@ from mbq_kernels.decoder_weights import (
     Linear,
     random_weights,
 )
+from mbq_kernels.linear_checks import SILU_MUL
+from mbq_kernels.plain_attention import cached_attention, later_masked, rotated, rotations
 
 __all__ = ["LLAVA_OV_7B", "Decoder", "DecoderShape", "DecoderWeights", "generate", "random_decoder"]
 
@@ -40,6 +45,25 @@ SLOT_STEP: Final = 64
 """Slots are a multiple: masks of attention kernels want aligned rows."""
 WARM_UP_STEPS: Final = 2
 """Steps before a capture: libraries allocate and Triton compiles in the first."""
+
+
+StepAttention = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Tensor], Tensor]
+"""See `decode_attention.attend`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _View:
+    """How new positions are rotated and what they see.
+
+    Attributes:
+        cos: (T, 1, D).
+        sin: (T, 1, D), negative in the first half.
+        mask: (T, slots) added to the scores, or None if the new positions see themselves alone.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
 
 
 class Decoder:
@@ -65,7 +89,7 @@ class Decoder:
         kept = (shape.layers, shape.kv_heads, self.slots, shape.head_dim)
         self._keys = torch.zeros(kept, device=self.device, dtype=self.dtype)
         self._values = torch.zeros_like(self._keys)
-        self._cos, self._sin = _rotations(shape, self.slots, self.device, self.dtype)
+        self._cos, self._sin = rotations(shape, self.slots, self.device, self.dtype)
         self._slot_numbers = torch.arange(self.slots, device=self.device)
         self._embeds = torch.zeros((1, shape.hidden), device=self.device, dtype=self.dtype)
         self._position = torch.zeros(1, device=self.device, dtype=torch.int64)
@@ -73,6 +97,7 @@ class Decoder:
         self._token = torch.zeros(1, device=self.device, dtype=torch.int64)
         self._length = 0
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._step_attention = _attention_of_steps(shape, self.device)
 
     @property
     def length(self) -> int:
@@ -123,8 +148,7 @@ class Decoder:
         count, start = len(embeds), self._length
         self._check_room(count)
         positions = self._slot_numbers[start : start + count]
-        mask = None if start == 0 else _mask(self._slot_numbers, positions, self.dtype)
-        self._leave(self._forward(embeds, positions, mask))
+        self._leave(self._forward(embeds, positions, alone=start == 0))
         self._seek(start + count)
         return self._logits
 
@@ -171,8 +195,7 @@ class Decoder:
 
     def _step(self) -> None:
         """What a graph holds: buffers in, buffers out."""
-        mask = _mask(self._slot_numbers, self._position, self.dtype)
-        self._leave(self._forward(self._embeds, self._position, mask))
+        self._leave(self._forward(self._embeds, self._position))
         self._position.add_(1)
 
     def _leave(self, logits: Tensor) -> None:
@@ -180,52 +203,55 @@ class Decoder:
         self._token.copy_(logits.argmax(dim=-1))
         self._embeds.copy_(functional.embedding(self._token, self.weights.embed))
 
-    def _forward(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, positions: Tensor, *, alone: bool = False) -> Tensor:
         """Run all blocks.
 
         Args:
             x: (T, hidden).
             positions: (T,) slots to write to.
-            mask: (T, slots) added to the scores, or None if nothing but x itself is seen, each row and those before.
+            alone: Nothing but x itself is seen, by each row what is not after it.
 
         Returns:
             (1, V) logits of the last row.
         """
         eps = self.shape.norm_eps
-        turn = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+        view = None
+        if self._step_attention is None or len(x) > 1:
+            view = _View(
+                cos=self._cos.index_select(0, positions),
+                sin=self._sin.index_select(0, positions),
+                mask=None if alone else later_masked(self._slot_numbers, positions, self.dtype),
+            )
         for layer, block in enumerate(self.weights.blocks):
             normed = functional.rms_norm(x, x.shape[-1:], block.input_norm, eps)
-            seen = self._attend(layer, _joined(block.qkv, normed), positions, turn, mask)
+            seen = self._attend(layer, _joined(block.qkv, normed), positions, view)
             x = _added(block.o, seen, x)
             normed = functional.rms_norm(x, x.shape[-1:], block.post_norm, eps)
             x = _added(block.down, _gated(block, normed), x)
         last = functional.rms_norm(x[-1:], x.shape[-1:], self.weights.final_norm, eps)
         return _linear(self.weights.head, last)
 
-    def _attend(
-        self,
-        layer: int,
-        qkv: Tensor,
-        positions: Tensor,
-        turn: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-    ) -> Tensor:
+    def _attend(self, layer: int, qkv: Tensor, positions: Tensor, view: "_View | None") -> Tensor:
         """Rotate q and k, keep k and v, attend; (T, H * D)."""
+        keys, values = self._keys[layer], self._values[layer]
+        if view is None and self._step_attention is not None:
+            return self._step_attention(qkv, keys, values, (self._cos, self._sin), positions)
+        assert view is not None, "without kernels every call has a view"
         shape, count = self.shape, len(qkv)
         parts = qkv.view(count, shape.heads + 2 * shape.kv_heads, shape.head_dim)
-        turned = _rotated(parts[:, : shape.heads + shape.kv_heads], *turn)
+        turned = rotated(parts[:, : shape.heads + shape.kv_heads], view.cos, view.sin)
         q = turned[:, : shape.heads]
         k = turned[:, shape.heads :].transpose(0, 1)
         v = parts[:, shape.heads + shape.kv_heads :].transpose(0, 1)
-        self._keys[layer].index_copy_(1, positions, k)
-        self._values[layer].index_copy_(1, positions, v)
-        if mask is None:
+        keys.index_copy_(1, positions, k)
+        values.index_copy_(1, positions, v)
+        if view.mask is None:
             q = q.transpose(0, 1)[None]
             seen = functional.scaled_dot_product_attention(
                 q, k[None], v[None], is_causal=True, enable_gqa=True
             )
             return seen[0].transpose(0, 1).reshape(count, -1)
-        return _cached_attention(q, self._keys[layer], self._values[layer], mask)
+        return cached_attention(q, keys, values, view.mask)
 
     def _seek(self, length: int) -> None:
         self._length = length
@@ -258,7 +284,7 @@ def random_decoder(
     Args:
         shape: Sizes.
         scheme: Number format of the blocks' linears, or ``fp16`` for the plain twin.
-        slots: Positions of the cache; attention reads all of them.
+        slots: Positions of the cache.
         device: Where it lives.
         dtype: Of activations, cache and plain weights.
         seed: Of the generator.
@@ -296,57 +322,16 @@ def generate(
     return ids[:end]
 
 
-def _rotations(
-    shape: DecoderShape, slots: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(slots, 1, D) cosines, and sines with the sign that `_rotated` needs (RoFormer, section 3.2.2)."""
-    half = torch.arange(0, shape.head_dim, 2, dtype=torch.float64, device=device)
-    angles = torch.arange(slots, dtype=torch.float64, device=device)[:, None] * (
-        shape.rope_theta ** (-half / shape.head_dim)
+def _attention_of_steps(shape: DecoderShape, device: torch.device) -> StepAttention | None:
+    """The kernels for one new token, or None where they do not run."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from mbq_kernels import decode_attention  # noqa: PLC0415  (Triton is an extra)
+
+    fits = decode_attention.supports(
+        heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim
     )
-    cos, sin = angles.cos(), angles.sin()
-    return (
-        torch.cat([cos, cos], dim=-1).to(dtype)[:, None],
-        torch.cat([-sin, sin], dim=-1).to(dtype)[:, None],
-    )
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (T, heads, D) in the pairs (i, i + D / 2)."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
-
-
-def _mask(slots: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """(T, slots): 0 where the slot is not after the position, else minus infinity."""
-    after = slots[None] > positions[:, None]
-    return torch.zeros(after.shape, device=slots.device, dtype=dtype).masked_fill_(
-        after, float("-inf")
-    )
-
-
-def _cached_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attend to the cache.
-
-    The query heads that share a key head become rows of it, so that no key is read twice.
-
-    Args:
-        q: (T, H, D).
-        keys: (kv heads, slots, D).
-        values: Likewise.
-        mask: (T, slots), added to the scores.
-
-    Returns:
-        (T, H * D).
-    """
-    count, heads, width = q.shape
-    shared = heads // len(keys)
-    rows = q.view(count, len(keys), shared, width).permute(1, 2, 0, 3)
-    rows = rows.reshape(1, len(keys), shared * count, width)
-    # One row is seen alike by all its copies; several have to be written out.
-    mask = mask.expand(shared, -1) if count == 1 else mask.repeat(shared, 1)
-    seen = functional.scaled_dot_product_attention(rows, keys[None], values[None], attn_mask=mask)
-    seen = seen.view(len(keys), shared, count, width).permute(2, 0, 1, 3)
-    return seen.reshape(count, heads * width)
+    return decode_attention.attend if fits else None
 
 
 def _linear(weight: Linear, x: Tensor) -> Tensor:
@@ -370,6 +355,6 @@ def _gated(block: BlockWeights, x: Tensor) -> Tensor:
     """silu(gate) * up."""
     first = block.gate_up[0]
     if len(block.gate_up) == 1 and not isinstance(first, DenseWeight):
-        return ops.apply(first, x, epilogue=ops.SILU_MUL)
+        return ops.apply(first, x, epilogue=SILU_MUL)
     gate, up = _joined(block.gate_up, x).chunk(2, dim=-1)
     return functional.silu(gate) * up

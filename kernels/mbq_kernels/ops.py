@@ -103,7 +103,7 @@ def apply(
     """
     rows = x.reshape(-1, x.shape[-1])
     added = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    y = linear(
+    y: Tensor = linear(
         rows,
         weight.codes,
         weight.scales,
