@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from mbq_export.errors import InternalError, UsageError
+from mbq_export.export import op_names, ops
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.layouts import header, w3t, w4t
 
 ROOT = Path(__file__).parents[1]
 INCLUDE = ROOT / "kernels" / "include"
 HEADER = INCLUDE / "mbq" / "layout.h"
+OP_NAMES = ROOT / "plugins" / "common" / "op_names.h"
 
 USER = """\
 #include "mbq/mbq.h"
@@ -91,3 +93,58 @@ def test_the_header_compiles_beside_the_abi_and_agrees_with_it(
     flags = ["-Wall", "-Wextra", "-Werror", "-pedantic", f"-std={standard}", f"-I{INCLUDE}"]
     subprocess.run([found, *flags, str(source), "-o", str(program)], check=True, timeout=60)
     assert subprocess.run([program], check=False, timeout=10).returncode == 0
+
+
+def test_the_names_of_the_plugins_are_those_of_the_graphs() -> None:
+    assert OP_NAMES.read_text() == op_names.text(), f"{OP_NAMES} is stale; run: {op_names.COMMAND}"
+
+
+def test_another_field_or_operator_makes_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = op_names.text()
+    monkeypatch.setattr(ops, "PLUGIN_FIELDS", (*ops.PLUGIN_FIELDS, "row_order"))
+    assert 'kFieldRowOrder[] = "row_order";' in op_names.text()
+    assert "kFieldCount = 9" in op_names.text()
+    assert op_names.text() != before
+
+
+def test_the_command_writes_the_names(tmp_path: Path) -> None:
+    op_names.main([str(tmp_path / "op_names.h")])
+    assert (tmp_path / "op_names.h").read_bytes() == OP_NAMES.read_bytes()
+    with pytest.raises(UsageError, match=r"2 paths were given\."):
+        op_names.main(["a", "b"])
+
+
+PLUGIN_USER = """\
+#include <cstdio>
+#include "mbq/mbq.h"
+#include "mbq/layout.h"
+#include "op_names.h"
+static_assert(mbq::kW3Linear.scheme == MBQ_W3A16 && mbq::kW4A16Linear.scheme == MBQ_W4A16, "");
+static_assert(mbq::kW4A8Linear.scheme == MBQ_W4A8 && !mbq::kW4A8Linear.has_zeros, "");
+static_assert(4 * mbq::kW3Linear.tile_words == MBQ_W3T_TILE_BYTES, "");
+static_assert(4 * mbq::kW4A8Linear.tile_words == MBQ_W4T_TILE_BYTES, "");
+int main() {
+    for (const auto &op : mbq::kOps) {
+        if (op.layout_version != MBQ_LAYOUT_VERSION) return 1;
+        std::printf("%s %d\\n", op.name, op.inputs);
+    }
+    for (const char *field : mbq::kFields) std::printf("%s ", field);
+}
+"""
+
+
+def test_the_names_compile_and_agree_with_the_abi_of_the_kernels(tmp_path: Path) -> None:
+    found = shutil.which("c++")
+    if found is None:
+        pytest.skip("c++ is not on PATH")
+    source, program = tmp_path / "user.cpp", tmp_path / "user"
+    source.write_text(PLUGIN_USER)
+    flags = ["-Wall", "-Wextra", "-Werror", "-std=c++17", f"-I{INCLUDE}", f"-I{OP_NAMES.parent}"]
+    subprocess.run([found, *flags, str(source), "-o", str(program)], check=True, timeout=60)
+    printed = subprocess.run([program], check=True, timeout=10, capture_output=True, text=True)
+    assert printed.stdout.splitlines() == [
+        "W3Linear 4",
+        "W4A16Linear 4",
+        "W4A8Linear 3",
+        " ".join(ops.PLUGIN_FIELDS) + " ",
+    ]

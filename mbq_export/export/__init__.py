@@ -250,7 +250,7 @@ def _linear_node(node: ir.Node) -> LinearNode:
     if node.domain == ops.DOMAIN:
         source = packed_source(node)
         scheme, group_size, counts = (
-            ops.scheme_of_bits(source.bits),
+            source.scheme,
             source.group_size,
             source.row_counts,
         )

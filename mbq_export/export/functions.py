@@ -89,8 +89,11 @@ def body(op: ops.LinearOp, *, opset: int) -> onnx.FunctionProto:
     Raises:
         InternalError: E9001 if nobody wrote a body for this width.
     """
-    if op.bits not in _CODES:
-        raise InternalError("E9001", f"{op.name} has no body for codes of {op.bits} bits.")
+    if op.bits not in _CODES or op.act_bits != 16:
+        raise InternalError(
+            "E9001",
+            f"{op.name} has no body for codes of {op.bits} bits and activations of {op.act_bits}.",
+        )
     head = _HEAD.format(
         domain=ops.DOMAIN, opset=opset, name=op.name, attributes=", ".join(ops.ATTRIBUTES)
     )

@@ -163,15 +163,14 @@ def packed_node(
     Args:
         constant: Turns a tensor into an initializer of the graph that will hold the node.
         x: (B, T, K) input.
-        name: Name of the node; its constants are ``<name>.qweight``, ``.scales`` and ``.zeros``.
+        name: Name of the node; its constants are ``<name>.qweight``, ``.scales`` and, where it has any, ``.zeros``.
         source: The weight.
         out: (B, T, N) output.
     """
-    tensors = (
-        words_tensor(f"{name}.qweight", source),
-        scales_tensor(f"{name}.scales", source),
-        zeros_tensor(f"{name}.zeros", source),
-    )
+    op = ops.OPS[source.scheme]
+    tensors = [words_tensor(f"{name}.qweight", source), scales_tensor(f"{name}.scales", source)]
+    if not op.symmetric:
+        tensors.append(zeros_tensor(f"{name}.zeros", source))
     attributes: dict[str, int | str] = {
         "N": source.n,
         "K": source.k,
@@ -185,7 +184,7 @@ def packed_node(
     }
     node = ir.Node(
         ops.DOMAIN,
-        ops.op_of_bits(source.bits).name,
+        op.name,
         [x, *(constant(tensor) for tensor in tensors)],
         ir.convenience.convert_attributes(attributes),
         outputs=[out],

@@ -7,6 +7,17 @@
     zeros    INT32   [N, K / group_size]
     y        T       [.., N]                     T: FLOAT, FLOAT16 or BFLOAT16
 
+    y = W4A8Linear(x, qweight, scales)           x rounded to int8 per token, then (sums * s) * sx
+    scales   FLOAT   [N], or FLOAT16 [N, K / group_size] in groups; codes are q + 8, there are no zero points
+
+Two forms of one node. *Reference*: as above, with a body. *Plugin*: constants in tiles, Np and Kp being N and K rounded
+up to 16 and 128, and no body; N and K stay the sizes of y and x.
+
+    qweight  INT32   [Np / 16, Kp / 128, words of a tile]      layout w3t or w4t
+    scales   FLOAT16 [Np / 16, Kp / group_size, 8, 2]          per channel FLOAT [Np], a sixteenth of each scale
+    zeros    INT32   [Np / 16, Kp / group_size, 2]             none in W4A8Linear
+    bias     T       [N]                                       last, if has_bias is 1
+
 Packed words are INT32 because TensorRT widens UINT8 fourfold and refuses UINT32. Zero points are INT32 because
 TensorRT for RTX refuses INT8 constants that feed neither a DequantizeLinear nor a plugin.
 
@@ -24,12 +35,12 @@ from typing import Final, cast
 import onnx
 from onnx.defs import OpSchema
 
-from mbq_export.errors import UsageError
-
 DOMAIN: Final = "mbq"
 DOMAIN_VERSION: Final = 1
 PLUGIN_NAMESPACE: Final = "mbq"
 PLUGIN_VERSION: Final = "1"
+PLUGIN_ABI: Final = 1
+"""Of the fields that a compiled engine holds: another number cannot be read back."""
 
 INPUTS_EMBEDS: Final = "inputs_embeds"
 ATTENTION_MASK: Final = "attention_mask"
@@ -61,6 +72,18 @@ INT_ATTRIBUTES: Final = ("N", "K", "group_size", "bits", "signed_codes", "layout
 STRING_ATTRIBUTES: Final = ("layout", "plugin_namespace", "plugin_version")
 ATTRIBUTES: Final = (*INT_ATTRIBUTES, *STRING_ATTRIBUTES)
 """All required, on every node of the domain."""
+PLUGIN_INT_ATTRIBUTES: Final = ("has_bias", "epilogue", "act_bits", "row_order")
+PLUGIN_ATTRIBUTES: Final = (*ATTRIBUTES, *PLUGIN_INT_ATTRIBUTES)
+"""All required, on every node of the plugin form."""
+
+PLUGIN_FIELDS: Final = (
+    "N", "K", "group_size", "bits", "layout_version", "has_bias", "epilogue", "act_bits",
+)  # fmt: skip
+"""Attributes that a plugin's creator declares: integers, all required. The others are for readers and the parser."""
+ABI_FIELD: Final = "abi"
+"""Written beside `PLUGIN_FIELDS` into a compiled engine; no attribute."""
+NO_EPILOGUE: Final = 0
+CONCATENATED_ROWS: Final = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,40 +94,28 @@ class LinearOp:
         name: Op type, also the name of its function body and of the plugin.
         bits: Width of a code.
         act_bits: Width of an activation; 16 leaves it in T.
+        symmetric: Whether it has no zero points.
+        tiles: Layout of the codes in the plugin form.
     """
 
     name: str
     bits: int
     act_bits: int = 16
+    symmetric: bool = False
+    tiles: str = ""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of its inputs in both forms, without the bias that a plugin may have behind them."""
+        return ("x", "qweight", "scales", *(() if self.symmetric else ("zeros",)))
 
 
 OPS: Final = {
-    "w3a16": LinearOp(name="W3Linear", bits=3),
-    "w4a16": LinearOp(name="W4A16Linear", bits=4),
+    "w3a16": LinearOp(name="W3Linear", bits=3, tiles="w3t"),
+    "w4a16": LinearOp(name="W4A16Linear", bits=4, tiles="w4t"),
+    "w4a8": LinearOp(name="W4A8Linear", bits=4, act_bits=8, symmetric=True, tiles="w4t"),
 }
 """Operator of every scheme that has one."""
-
-
-def op_of_bits(bits: int) -> LinearOp:
-    """The operator of weight-only codes of a width.
-
-    Raises:
-        UsageError: E2005 if no operator has that width.
-    """
-    for op in OPS.values():
-        if op.bits == bits:
-            return op
-    raise UsageError(
-        "E2005",
-        f"No operator holds weights of {bits} bits.",
-        why=f"known: {', '.join(f'{op.name} ({op.bits} bits)' for op in OPS.values())}",
-        fix=("--wbits 3", "--wbits 4"),
-    )
-
-
-def scheme_of_bits(bits: int) -> str:
-    """Name of the weight-only scheme of a width, one of `OPS`."""
-    return next(name for name, op in OPS.items() if op.bits == bits)
 
 
 def op_named(name: str) -> LinearOp | None:
@@ -164,33 +175,40 @@ def register() -> None:
 def _schema(op: LinearOp) -> OpSchema:
     parameter = OpSchema.FormalParameter
     optional = OpSchema.FormalParameterOption.Optional
-    attributes = [
-        OpSchema.Attribute(name, kind, required=True)
-        for names, kind in (
-            (INT_ATTRIBUTES, OpSchema.AttrType.INT),
-            (STRING_ATTRIBUTES, OpSchema.AttrType.STRING),
-        )
-        for name in names
-    ]
+    scales = ["tensor(float16)", "tensor(float)"] if op.symmetric else ["tensor(float16)"]
+    described = {
+        "x": ("T", "activations [.., K]"),
+        "qweight": ("tensor(int32)", "dense words [N, ceil(K * bits / 32)], or tiles"),
+        "scales": ("S", "[N, K / group_size], per channel [N], or tiled"),
+        "zeros": ("tensor(int32)", "[N, K / group_size], or tiled"),
+    }
     schema = OpSchema(
         op.name,
         DOMAIN,
         DOMAIN_VERSION,
         inputs=[
-            parameter("x", "T", "activations [.., K]"),
-            parameter("qweight", "tensor(int32)", "dense words [N, ceil(K * bits / 32)]"),
-            parameter("scales", "tensor(float16)", "[N, K / group_size]"),
-            parameter("zeros", "tensor(int32)", "[N, K / group_size]"),
+            *(parameter(name, *described[name]) for name in op.inputs),
             parameter("bias", "T", "[N]", param_option=optional),
         ],
         outputs=[parameter("y", "T", "[.., N]")],
         type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "activation types")
+            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "activation types"),
+            ("S", scales, "FLOAT per channel, FLOAT16 in groups"),
         ],
-        attributes=attributes,
+        attributes=_attributes(),
     )
     schema.set_type_and_shape_inference_function(_infer)
     return schema
+
+
+def _attributes() -> list[OpSchema.Attribute]:
+    """Those of both forms; one schema serves both, so the plugin's own are optional here."""
+    integer, text = OpSchema.AttrType.INT, OpSchema.AttrType.STRING
+    return [
+        *(OpSchema.Attribute(name, integer, required=True) for name in INT_ATTRIBUTES),
+        *(OpSchema.Attribute(name, text, required=True) for name in STRING_ATTRIBUTES),
+        *(OpSchema.Attribute(name, integer, required=False) for name in PLUGIN_INT_ATTRIBUTES),
+    ]
 
 
 def _infer(context: onnx.shape_inference.InferenceContext) -> None:

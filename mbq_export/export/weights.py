@@ -16,6 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mbq_export.errors import FormatError, InternalError
+from mbq_export.schemes.base import CHANNEL
 from mbq_export.schemes.layouts import dense
 
 if TYPE_CHECKING:
@@ -87,8 +88,9 @@ class PackedSource:
         modules: Their module paths, in the order of the output columns.
         n: Rows in all.
         k: Columns.
+        scheme: Number format.
         bits: Width of a code.
-        group_size: Columns that share a scale.
+        group_size: Columns that share a scale; `CHANNEL` for one scale per row.
         row_counts: Rows of each linear.
         symmetric: Whether there are no zero points.
     """
@@ -97,6 +99,7 @@ class PackedSource:
     modules: tuple[str, ...]
     n: int
     k: int
+    scheme: str
     bits: int
     group_size: int
     row_counts: tuple[int, ...]
@@ -111,6 +114,7 @@ class PackedSource:
             modules=(module,),
             n=weight.n,
             k=weight.k,
+            scheme=checkpoint.records[module].scheme.name,
             bits=weight.bits,
             group_size=weight.group_size,
             row_counts=(weight.n,),
@@ -124,6 +128,7 @@ class PackedSource:
             modules=self.modules + other.modules,
             n=self.n + other.n,
             k=self.k,
+            scheme=self.scheme,
             bits=self.bits,
             group_size=self.group_size,
             row_counts=self.row_counts + other.row_counts,
@@ -133,7 +138,7 @@ class PackedSource:
     @property
     def groups(self) -> int:
         """Groups in a row."""
-        return self.k // self.group_size
+        return 1 if self.group_size == CHANNEL else self.k // self.group_size
 
     @property
     def middle(self) -> int:
@@ -144,8 +149,8 @@ class PackedSource:
         """Read one linear after the other."""
         return (self.checkpoint.packed(module) for module in self.modules)
 
-    def scales(self) -> NDArray[np.float16]:
-        """(N, G) scales of all rows."""
+    def scales(self) -> NDArray[np.float16] | NDArray[np.float32]:
+        """(N, G) scales of all rows; (N, 1) float32 per channel."""
         return np.concatenate([weight.scales for weight in self.weights()])
 
     def zeros(self) -> NDArray[np.uint8]:
@@ -192,12 +197,14 @@ def words_tensor(name: str, source: PackedSource) -> StreamedTensor:
 
 
 def scales_tensor(name: str, source: PackedSource) -> StreamedTensor:
-    """FLOAT16 (N, G) scales."""
+    """FLOAT16 (N, G) scales; FLOAT (N,) per channel."""
+    channel = source.group_size == CHANNEL
+    shape = (source.n,) if channel else (source.n, source.groups)
     return StreamedTensor(
         name,
-        dtype=ir.DataType.FLOAT16,
-        shape=(source.n, source.groups),
-        blocks=lambda: iter([source.scales()]),
+        dtype=ir.DataType.FLOAT if channel else ir.DataType.FLOAT16,
+        shape=shape,
+        blocks=lambda: iter([source.scales().reshape(shape)]),
     )
 
 

@@ -10,12 +10,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mbq_export.backends.ort import open_graph
+from mbq_export.checkpoint import LinearRecord
 from mbq_export.export.graph import Emitter, packed_node
 from mbq_export.export.lowerings import LOWERINGS
 from mbq_export.export.profile import OPSET23, OpProfile
 from mbq_export.export.save import save_graph
 from mbq_export.export.weights import PackedSource
-from mbq_export.schemes.base import PackedWeight
+from mbq_export.schemes import SCHEMES
+from mbq_export.schemes.base import PackedWeight, QuantScheme
 from mbq_export.schemes.layouts import dense
 
 
@@ -24,6 +26,18 @@ class Shelf:
     """Packed linears by name: all that the constants of a graph ask of a checkpoint."""
 
     linears: dict[str, PackedWeight]
+    scheme: QuantScheme | None = None
+
+    @property
+    def records(self) -> dict[str, LinearRecord]:
+        """What is asked of a record is the scheme: the weight-only one of the width, if none is given."""
+        return {name: self._record(name, weight) for name, weight in self.linears.items()}
+
+    def _record(self, name: str, weight: PackedWeight) -> LinearRecord:
+        scheme = self.scheme or SCHEMES[f"w{weight.bits}a16"]
+        return LinearRecord(
+            name=name, n=weight.n, k=weight.k, scheme=scheme, group_size=weight.group_size, bias=False
+        )  # fmt: skip
 
     def packed(self, name: str) -> PackedWeight:
         return self.linears[name]
@@ -64,9 +78,10 @@ def random_packed(
     )
 
 
-def source_of(weight: PackedWeight, name: str = "w") -> PackedSource:
-    """Describe one linear as a node's weight."""
-    return PackedSource.of(Shelf({name: weight}), name)  # type: ignore[arg-type]
+def source_of(weight: PackedWeight, name: str = "w", scheme: str | None = None) -> PackedSource:
+    """Describe one linear as a node's weight; by default of the weight-only scheme of its width."""
+    shelf = Shelf({name: weight}, None if scheme is None else SCHEMES[scheme])
+    return PackedSource.of(shelf, name)  # type: ignore[arg-type]
 
 
 def one_node(

@@ -131,7 +131,7 @@ def test_one_hot_activations_read_out_every_code(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_bodies_use_no_operator_that_tensorrt_refuses(bits: int) -> None:
-    used = {node.op_type for node in functions.body(ops.op_of_bits(bits), opset=23).node}
+    used = {node.op_type for node in functions.body(ops.OPS[f"w{bits}a16"], opset=23).node}
     refused = {"BitShift", "BitwiseAnd", "BitwiseOr", "MatMulInteger", "DynamicQuantizeLinear"}
     assert not used & refused
 

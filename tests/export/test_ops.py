@@ -8,7 +8,6 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from mbq_export.errors import UsageError
 from mbq_export.export import functions, ops
 from mbq_export.schemes import SCHEMES
 
@@ -92,8 +91,8 @@ def test_checker_refuses_a_missing_attribute(name: str) -> None:
 
 
 def test_every_attribute_of_the_contract_is_an_attribute_of_every_body() -> None:
-    for op in ops.OPS.values():
-        assert tuple(functions.body(op, opset=23).attribute) == ops.ATTRIBUTES
+    for scheme in ("w3a16", "w4a16"):
+        assert tuple(functions.body(ops.OPS[scheme], opset=23).attribute) == ops.ATTRIBUTES
 
 
 def test_names_of_ports_are_those_of_other_tools() -> None:
@@ -117,21 +116,54 @@ def test_linears_of_one_input_share_its_name() -> None:
     assert ops.linear_input(3, "down_proj") == "layers.3.down_proj.in"
 
 
-def test_width_without_an_operator_names_the_known_ones() -> None:
-    with pytest.raises(UsageError) as caught:
-        ops.op_of_bits(8)
-    assert str(caught.value) == (
-        "MBQ-E2005: No operator holds weights of 8 bits.\n"
-        "  why     known: W3Linear (3 bits), W4A16Linear (4 bits)\n"
-        "  fix     --wbits 3\n"
-        "  fix     --wbits 4"
-    )
-
-
-def test_every_scheme_with_an_operator_has_its_width() -> None:
+def test_an_operator_is_what_its_scheme_is() -> None:
     for name, op in ops.OPS.items():
-        assert SCHEMES[name].weight_bits == op.bits
-        assert ops.scheme_of_bits(op.bits) == name
+        scheme = SCHEMES[name]
+        facts = (scheme.weight_bits, scheme.act_bits, scheme.symmetric, scheme.kernel_layout)
+        assert (op.bits, op.act_bits, op.symmetric, op.tiles) == facts
+
+
+def test_only_operators_of_schemes_with_zero_points_read_them() -> None:
+    assert ops.OPS["w3a16"].inputs == ("x", "qweight", "scales", "zeros")
+    assert ops.OPS["w4a8"].inputs == ("x", "qweight", "scales")
+
+
+def test_the_plugin_form_has_attributes_that_the_reference_form_has_not() -> None:
+    plugin = {**ATTRIBUTES, "has_bias": 0, "epilogue": 0, "act_bits": 16, "row_order": 0}
+    check(graph(attributes=plugin, body=False))
+    assert set(plugin) == set(ops.PLUGIN_ATTRIBUTES)
+    assert set(ops.PLUGIN_FIELDS) <= set(ops.INT_ATTRIBUTES + ops.PLUGIN_INT_ATTRIBUTES)
+
+
+@pytest.mark.parametrize("scales", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_w4a8_takes_scales_per_channel_and_per_group(scales: int) -> None:
+    check(w4a8_graph(scales))
+
+
+def test_w4a8_takes_no_other_scales() -> None:
+    with pytest.raises(
+        onnx.shape_inference.InferenceError, match="scales typestr: S, has unsupported"
+    ):
+        check(w4a8_graph(TensorProto.DOUBLE))
+
+
+def w4a8_graph(scales: int) -> onnx.ModelProto:
+    """One W4A8Linear without a body, whose constants are inputs."""
+    shape = [8] if scales == TensorProto.FLOAT else [8, 1]
+    ports = (
+        helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["b", "t", 128]),
+        helper.make_tensor_value_info("qweight", TensorProto.INT32, [8, 16]),
+        helper.make_tensor_value_info("scales", scales, shape),
+    )
+    attributes = {**ATTRIBUTES, "K": 128, "bits": 4, "signed_codes": 1}
+    names = [port.name for port in ports]
+    node = helper.make_node("W4A8Linear", names, ["y"], domain=ops.DOMAIN, **attributes)
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["b", "t", "n"])
+    return helper.make_model(
+        helper.make_graph([node], "one", ports, [result]),
+        opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid(ops.DOMAIN, 1)],
+        ir_version=11,
+    )
 
 
 def test_importing_the_contract_registers_nothing() -> None:

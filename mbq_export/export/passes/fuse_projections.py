@@ -73,7 +73,7 @@ def fuse(model: ir.Model) -> list[str]:
 def _obstacle(branches: list[_Branch]) -> str | None:
     """Why a group must stay as it is."""
     sources = [packed_source(branch.node) for branch in branches]
-    formats = {(source.bits, source.group_size, source.symmetric) for source in sources}
+    formats = {(source.scheme, source.group_size, source.symmetric) for source in sources}
     if len(formats) > 1:
         return "the linears have different number formats"
     if len({branch.add is None for branch in branches}) > 1:

@@ -67,7 +67,7 @@ def test_fusing_leaves_the_result_as_it_is(tmp_path: Path) -> None:
 def test_linears_of_different_formats_stay_apart_with_the_reason() -> None:
     model = unfused()
     node = next(node for node in packed_nodes(model) if node.name == "layers.1.up_proj")
-    node.meta["mbq.packed"] = replace(packed_source(node), bits=4)
+    node.meta["mbq.packed"] = replace(packed_source(node), scheme="w4a16")
     declined = fuse(model)
     assert declined == [
         "layers.1.gate_proj, layers.1.up_proj: the linears have different number formats"
