@@ -54,6 +54,13 @@ class Build:
     options: Mapping[str, int | bool]
 
 
+class Builds(Protocol):
+    """List what can be compiled ahead of time."""
+
+    def __call__(self, *, sm: int) -> tuple[Build, ...]:
+        """Return the main configurations of a compute capability, for example 90."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
     """The Triton kernels of one scheme.
@@ -61,12 +68,12 @@ class Kernel:
     Attributes:
         name: Name of the scheme.
         run: Multiplies; under ``TRITON_INTERPRET=1`` on a CPU, else on a GPU.
-        builds: What a machine without a GPU can compile, the main configurations.
+        builds: What a machine without a GPU can compile.
     """
 
     name: str
     run: Run
-    builds: tuple[Build, ...]
+    builds: Builds
 
 
 def kernel_for(scheme: str) -> Kernel:

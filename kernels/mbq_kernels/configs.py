@@ -16,8 +16,10 @@ GEMV_ROWS: Final = 8
 """Rows of activations up to which each lane multiplies its own weights; from here on blocks are multiplied."""
 TILE_ROWS: Final = 16
 TILE_COLUMNS: Final = 128
-SMALL_SHARED_MEMORY: Final = frozenset({86, 89, 120, 121})
-"""Compute capabilities with 99 KiB of shared memory per block: no wide blocks of rows there."""
+WIDE_BLOCKS: Final = frozenset({90, 100, 103})
+"""Compute capabilities whose dot reads shared memory, so that 128 rows fit the registers; elsewhere they spill."""
+LARGE: Final = 4096
+"""N and K of a layer that fills every block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,16 +97,24 @@ def select_config(op: Op, *, sm: int, n: int, k: int, m: int) -> Gemv | Gemm:
     if m <= GEMV_ROWS:
         rows = _power_of_two(m, 1, GEMV_ROWS)
         # A lane holds 8 columns of each row of x per tile it reads at once: more rows, fewer tiles.
-        at_once = 8 if rows <= 2 else 16 // rows
-        if op == "int8":
-            at_once = max(at_once, 4)
-        k_tiles = _power_of_two(-(-k // TILE_COLUMNS), 1, at_once)
+        at_once = max(8 // rows, 4 if op == "int8" else 2)
+        # On 12.x, eight 3-bit tiles with groups of 32 spill.
+        most = 4 if sm >= 120 and op == "weight_only" else 8
+        k_tiles = _power_of_two(-(-k // TILE_COLUMNS), 1, min(at_once, most))
         # The interpreter pays per program, not per element.
         n_tiles = 1 if sm else _power_of_two(-(-n // TILE_ROWS), 1, 4)
         return Gemv(n_tiles=n_tiles, k_tiles=k_tiles, rows=rows, num_warps=4)
-    rows = _power_of_two(m, 16, 64 if sm in SMALL_SHARED_MEMORY else 128)
+    rows = _power_of_two(m, 16, 128 if sm in WIDE_BLOCKS else 64)
     n_tiles = _power_of_two(-(-n // TILE_ROWS), 2, 4)
-    return Gemm(n_tiles=n_tiles, rows=rows, num_warps=8 if rows == 128 else 4)
+    return Gemm(n_tiles=n_tiles, rows=rows, num_warps=8 if rows >= 64 else 4)
+
+
+def main_configs(op: Op, *, sm: int) -> tuple[Gemv | Gemm, ...]:
+    """Return what large layers get, for every number of rows: the configurations that are compiled ahead of time."""
+    chosen = (
+        select_config(op, sm=sm, n=LARGE, k=LARGE, m=m) for m in (1, 2, 4, 8, 16, 32, 64, 128)
+    )
+    return tuple(dict.fromkeys(chosen))
 
 
 def _power_of_two(wanted: int, smallest: int, largest: int) -> int:

@@ -61,9 +61,12 @@ def w3_columns(word0, word1, word2, B: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def w4_words(codes_ptr, tile, lane, mask, PLANE: tl.constexpr):
-    """Four words of each lane (R,) of layout w4t: blocks 2 PLANE and 2 PLANE + 1, both halves of each."""
-    return vector4(codes_ptr, tile * W4_TILE_WORDS + 128 * PLANE + lane * 4, mask)
+def w4_words(codes_ptr, tile, lane, mask):
+    """Eight words of each lane (R,) of layout w4t; word 2 b + half belongs to block b."""
+    base = tile * W4_TILE_WORDS + lane * 4
+    word0, word1, word2, word3 = vector4(codes_ptr, base, mask)
+    word4, word5, word6, word7 = vector4(codes_ptr, base + 128, mask)
+    return word0, word1, word2, word3, word4, word5, word6, word7
 
 
 @triton.jit
@@ -81,10 +84,10 @@ def group_scale(scales_ptr, group, g, mask, HALF: tl.constexpr):
 
 
 @triton.jit
-def group_zero(zeros_ptr, group, g, mask, HALF: tl.constexpr):
-    """(R,) fp32 zero points of rows g + 8 HALF, plus 2**23 (see `integers`), from bytes."""
+def group_zeros(zeros_ptr, group, g, mask):
+    """Two (R,) fp32 zero points plus 2**23 (see `integers`), of rows g and g + 8, from one byte."""
     both = tl.load(zeros_ptr + group * 8 + g, mask=mask, other=0).to(tl.int32)
-    return as_float((both >> (4 * HALF)) & 15)
+    return as_float(both & 15), as_float(both >> 4)
 
 
 @triton.jit

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from mbq_export.schemes.layouts.tiles import TiledWeight, untile
 from mbq_export.schemes.oracle import dequantized
-from mbq_kernels.base import Kernel
-from mbq_kernels.weight_only import builds, linear
+from mbq_kernels.base import Build, Kernel
+from mbq_kernels.weight_only import builds as weight_only_builds
+from mbq_kernels.weight_only import linear
 from mbq_kernels.weights import DeviceWeight
 
 BITS: Final = 4
@@ -34,4 +35,9 @@ def run(x: Tensor, weight: DeviceWeight, *, out: Tensor | None = None) -> Tensor
     return linear(x, weight, bits=BITS, out=out)
 
 
-KERNEL: Final = Kernel(name="w4a16", run=run, builds=builds(BITS))
+def builds(*, sm: int) -> tuple[Build, ...]:
+    """List what can be compiled ahead of time for a compute capability."""
+    return weight_only_builds(bits=BITS, sm=sm)
+
+
+KERNEL: Final = Kernel(name="w4a16", run=run, builds=builds)

@@ -19,17 +19,11 @@ from mbq_export.schemes.layouts.tiles import TiledWeight, untile
 from mbq_export.schemes.w4a8 import int8_linear
 from mbq_kernels import activations
 from mbq_kernels.base import Build, Kernel, checked_output, compute_capability, interpretable
-from mbq_kernels.configs import Gemm, Gemv, select_config
+from mbq_kernels.configs import Gemm, Gemv, main_configs, select_config
 from mbq_kernels.tile_reading import group_scale, w4_columns, w4_words
 from mbq_kernels.weights import DeviceWeight
 
 OPTIONS: Final = {"enable_fp_fusion": False}
-MAIN_CONFIGS: Final = (
-    Gemv(n_tiles=1, k_tiles=8, rows=1, num_warps=4),
-    Gemv(n_tiles=1, k_tiles=4, rows=8, num_warps=4),
-    Gemm(n_tiles=4, rows=16, num_warps=4),
-    Gemm(n_tiles=4, rows=64, num_warps=4),
-)
 SIXTEENTH: Final = tl.constexpr(0.0625)
 
 
@@ -72,14 +66,14 @@ def gemv(
         tile = nt * k_tiles + kt
         sum0 = tl.zeros((ROWS, MR), tl.int32)
         sum1 = tl.zeros((ROWS, MR), tl.int32)
+        words = w4_words(codes_ptr, tile, lane, there)
         for B in tl.static_range(4):
-            codes0, codes1 = block_codes(codes_ptr, tile, lane, there, B)
             column = (kt * 128 + 32 * B + 8 * (lane % 4))[:, None, None]
             column += tl.arange(0, 8)[None, None, :]
             mask = (m[None, :, None] < M) & (column < K)
             x = tl.load(xq_ptr + m[None, :, None] * K + column, mask=mask, other=0).to(tl.int32)
-            sum0 += tl.sum(signed16(codes0)[:, None, :] * x, axis=2)
-            sum1 += tl.sum(signed16(codes1)[:, None, :] * x, axis=2)
+            sum0 += tl.sum(signed16(w4_columns(words[2 * B]))[:, None, :] * x, axis=2)
+            sum1 += tl.sum(signed16(w4_columns(words[2 * B + 1]))[:, None, :] * x, axis=2)
         if GROUPED:
             total0 += (
                 sum0.to(tl.float32) * group_scale(scales_ptr, tile, lane // 4, there, 0)[:, None]
@@ -96,15 +90,6 @@ def gemv(
     rows1 = add_lanes(total1, NT, KB, MR)
     store(y_ptr, bias_ptr, scales_ptr, sx_ptr, rows0, m, n, M, N, GROUPED, HAS_BIAS)
     store(y_ptr, bias_ptr, scales_ptr, sx_ptr, rows1, m, n + 8, M, N, GROUPED, HAS_BIAS)
-
-
-@triton.jit
-def block_codes(codes_ptr, tile, lane, mask, B: tl.constexpr):
-    """Two (R, 8) tensors of nibbles of block B: rows g and rows g + 8."""
-    word0, word1, word2, word3 = w4_words(codes_ptr, tile, lane, mask, B // 2)
-    if B % 2 == 1:
-        word0, word1 = word2, word3
-    return w4_columns(word0), w4_columns(word1)
 
 
 @triton.jit
@@ -161,15 +146,17 @@ def gemm(
     for kt in range(k_tiles):
         sum0 = tl.zeros((BM, NT * 8), tl.int32)
         sum1 = tl.zeros((BM, NT * 8), tl.int32)
+        words = w4_words(codes_ptr, nt * k_tiles + kt, lane, nt * 16 < N)
         for B in tl.static_range(4):
             column = kt * 128 + 32 * B + tl.arange(0, 32)
             mask = (m[:, None] < M) & (column[None, :] < K)
             x = tl.load(xq_ptr + m[:, None] * K + column[None, :], mask=mask, other=0)
-            codes0, codes1 = block_codes(codes_ptr, nt * k_tiles + kt, lane, nt * 16 < N, B)
-            block0 = tl.trans(tl.reshape(signed16(codes0).to(tl.int8), (NT * 8, 32)))
-            block1 = tl.trans(tl.reshape(signed16(codes1).to(tl.int8), (NT * 8, 32)))
-            sum0 = tl.dot(x, block0, sum0)
-            sum1 = tl.dot(x, block1, sum1)
+            weights0 = signed16(w4_columns(words[2 * B])).to(tl.int8)
+            weights1 = signed16(w4_columns(words[2 * B + 1])).to(tl.int8)
+            block0 = tl.trans(tl.reshape(weights0, (NT * 8, 32)))
+            block1 = tl.trans(tl.reshape(weights1, (NT * 8, 32)))
+            sum0 = tl.dot(x, block0, sum0, out_dtype=tl.int32)
+            sum1 = tl.dot(x, block1, sum1, out_dtype=tl.int32)
         if GROUPED:
             group = n // 16 * k_tiles + kt
             total0 += (
@@ -243,16 +230,15 @@ def _build(config: Gemv | Gemm, *, grouped: bool, dtype: str) -> Build:
     )
 
 
-KERNEL: Final = Kernel(
-    name="w4a8",
-    run=run,
-    builds=(
-        *activations.builds(),
-        *(
-            _build(config, grouped=grouped, dtype=dtype)
-            for config in MAIN_CONFIGS
-            for grouped in (False, True)
-            for dtype in (("fp16", "bf16") if not grouped else ("fp16",))
-        ),
-    ),
-)
+def builds(*, sm: int) -> tuple[Build, ...]:
+    """List what can be compiled ahead of time for a compute capability."""
+    found = list(activations.builds())
+    for config in main_configs("int8", sm=sm):
+        variants = [("fp16", False)]
+        if config.rows in {1, 16}:
+            variants += [("fp16", True), ("bf16", False)]
+        found += [_build(config, grouped=grouped, dtype=dtype) for dtype, grouped in variants]
+    return tuple(found)
+
+
+KERNEL: Final = Kernel(name="w4a8", run=run, builds=builds)

@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq_kernels.base import Build, checked_output, compute_capability, interpretable
-from mbq_kernels.configs import Gemm, Gemv, select_config
+from mbq_kernels.configs import Gemm, Gemv, main_configs, select_config
 from mbq_kernels.tile_reading import (
     group_scale,
-    group_zero,
+    group_zeros,
     integers,
     w3_columns,
     w3_words,
@@ -30,28 +30,27 @@ from mbq_kernels.weights import DeviceWeight
 
 OPTIONS: Final = {"enable_fp_fusion": True}
 """Said explicitly, because Triton's default for it is about to change."""
-MAIN_CONFIGS: Final = (
-    Gemv(n_tiles=1, k_tiles=8, rows=1, num_warps=4),
-    Gemv(n_tiles=1, k_tiles=2, rows=8, num_warps=4),
-    Gemm(n_tiles=4, rows=16, num_warps=4),
-    Gemm(n_tiles=4, rows=64, num_warps=4),
-)
 
 
 @triton.jit
-def block_codes(codes_ptr, tile, lane, mask, B: tl.constexpr, BITS: tl.constexpr):
-    """Two (R, 8) tensors of codes of block B: rows g and g + 8. The compiler merges loads that blocks share."""
+def tile_words(codes_ptr, tile, lane, mask, BITS: tl.constexpr):
+    """All words of each lane (R,): six of 3-bit tiles, eight of 4-bit tiles."""
     if BITS == 3:
-        word0, word1, word2, word3, word4, word5 = w3_words(codes_ptr, tile, lane, mask)
-        if B >= 2:
-            word0, word1, word2 = word3, word4, word5
-        codes0 = w3_columns(word0, word1, word2, B, 0)
-        codes1 = w3_columns(word0, word1, word2, B, 1)
+        words = w3_words(codes_ptr, tile, lane, mask)
     else:
-        word0, word1, word2, word3 = w4_words(codes_ptr, tile, lane, mask, B // 2)
-        if B % 2 == 1:
-            word0, word1 = word2, word3
-        codes0, codes1 = w4_columns(word0), w4_columns(word1)
+        words = w4_words(codes_ptr, tile, lane, mask)
+    return words
+
+
+@triton.jit
+def block_codes(words, B: tl.constexpr, BITS: tl.constexpr):
+    """Two (R, 8) tensors of codes of block B: rows g and rows g + 8."""
+    if BITS == 3:
+        first: tl.constexpr = 3 * (B // 2)
+        codes0 = w3_columns(words[first], words[first + 1], words[first + 2], B, 0)
+        codes1 = w3_columns(words[first], words[first + 1], words[first + 2], B, 1)
+    else:
+        codes0, codes1 = w4_columns(words[2 * B]), w4_columns(words[2 * B + 1])
     return codes0, codes1
 
 
@@ -90,11 +89,13 @@ def gemv(
         tile = nt * k_tiles + kt
         sum0 = tl.zeros((ROWS, MR), tl.float32)
         sum1 = tl.zeros((ROWS, MR), tl.float32)
+        words = tile_words(codes_ptr, tile, lane, there, BITS)
         for B in tl.static_range(4):
             group = tile * (128 // GROUP) + 32 * B // GROUP
-            codes0, codes1 = block_codes(codes_ptr, tile, lane, there, B, BITS)
-            weights0 = integers(codes0, group_zero(zeros_ptr, group, g, there, 0))
-            weights1 = integers(codes1, group_zero(zeros_ptr, group, g, there, 1))
+            zero0, zero1 = group_zeros(zeros_ptr, group, g, there)
+            codes0, codes1 = block_codes(words, B, BITS)
+            weights0 = integers(codes0, zero0)
+            weights1 = integers(codes1, zero1)
             x = lane_columns(x_ptr, m, kt * 128 + 32 * B + 8 * (lane % 4), M, K)
             sum0 += tl.sum(weights0[:, None, :] * x, axis=2)
             sum1 += tl.sum(weights1[:, None, :] * x, axis=2)
@@ -170,16 +171,18 @@ def gemm(
     total1 = tl.zeros((BM, NT * 8), tl.float32)
     for kt in range(k_tiles):
         tile = nt * k_tiles + kt
+        words = tile_words(codes_ptr, tile, lane, there, BITS)
         for B in tl.static_range(4):
             column = kt * 128 + 32 * B + tl.arange(0, 32)
             mask = (m[:, None] < M) & (column[None, :] < K)
             x = tl.load(x_ptr + m[:, None] * K + column[None, :], mask=mask, other=0)
             group = tile * (128 // GROUP) + 32 * B // GROUP
-            codes0, codes1 = block_codes(codes_ptr, tile, lane, there, B, BITS)
-            weights0 = integers(codes0, group_zero(zeros_ptr, group, g, there, 0))
-            weights1 = integers(codes1, group_zero(zeros_ptr, group, g, there, 1))
+            zero0, zero1 = group_zeros(zeros_ptr, group, g, there)
             scale0 = group_scale(scales_ptr, group, g, there, 0)[:, None]
             scale1 = group_scale(scales_ptr, group, g, there, 1)[:, None]
+            codes0, codes1 = block_codes(words, B, BITS)
+            weights0 = integers(codes0, zero0)
+            weights1 = integers(codes1, zero1)
             # (u - z) * s has at most 16 significant bits: exact in fp32, so the cast rounds once.
             weights0 = (weights0 * scale0).to(x.dtype)
             weights1 = (weights1 * scale1).to(x.dtype)
@@ -259,14 +262,15 @@ def linear(x: Tensor, weight: DeviceWeight, *, bits: int, out: Tensor | None = N
     return y
 
 
-def builds(bits: int) -> tuple[Build, ...]:
-    """Compile the main configurations for groups of 128 and 32, both dtypes, with a bias."""
-    return tuple(
-        _build(config, bits=bits, group=group, dtype=dtype)
-        for config in MAIN_CONFIGS
-        for dtype in ("fp16", "bf16")
-        for group in ((128, 32) if dtype == "fp16" else (128,))
-    )
+def builds(*, bits: int, sm: int) -> tuple[Build, ...]:
+    """Compile every main configuration in fp16 with groups of 128, the first of each kind in all variants."""
+    found = []
+    for config in main_configs("weight_only", sm=sm):
+        variants = [("fp16", 128)]
+        if config.rows in {1, 16}:
+            variants += [("fp16", 32), ("bf16", 128)]
+        found += [_build(config, bits=bits, group=g, dtype=dtype) for dtype, g in variants]
+    return tuple(found)
 
 
 def _build(config: Gemv | Gemm, *, bits: int, group: int, dtype: str) -> Build:
