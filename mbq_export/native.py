@@ -1,10 +1,11 @@
-"""Programs of others, run so that their death is an ordinary result.
+"""Programs of others, run so that their death is an ordinary result; and the native sources they compile.
 
 The only user of ``subprocess``. A child gets its own process group, no core dump, a log file for both
 streams and a time limit; when it ends, by itself or not, nothing of its group is left behind.
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import resource
@@ -26,6 +27,9 @@ GRACE_S: Final = 10.0
 POLL_S: Final = 0.02
 TAIL_BYTES: Final = 64 << 10
 PROBE_TIMEOUT_S: Final = 10.0
+
+SOURCE_FOLDERS: Final = ("kernels/include", "kernels/src", "plugins")
+"""What a plugin library is compiled from, below `source_root`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +142,31 @@ def tail(path: Path, lines: int = 20) -> list[str]:
     except FileNotFoundError:
         return []
     return text.splitlines()[-lines:]
+
+
+def source_root() -> Path:
+    """Folder that holds ``kernels/`` and ``plugins/``: inside an installed package, else the checkout."""
+    packaged = Path(__file__).resolve().parent / "_native"
+    return packaged if packaged.is_dir() else packaged.parents[1]
+
+
+def source_files(root: Path) -> list[Path]:
+    """Every file that a plugin library is compiled from, sorted."""
+    return sorted(
+        path
+        for folder in SOURCE_FOLDERS
+        for path in (root / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    )
+
+
+def sources_sha256(root: Path) -> str:
+    """SHA-256 over names and bytes of `source_files`; a changed comment is another library."""
+    digest = hashlib.sha256()
+    for path in source_files(root):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
 
 
 def available_memory() -> int:
