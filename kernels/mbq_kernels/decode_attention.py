@@ -1,13 +1,13 @@
-"""Attention of one new token to the cache, as three Triton kernels.
+"""Attention of one new token to the cache, as two Triton kernels.
 
-    turn     rotate q and k, put k and v into the cache            one program per head
     part     a piece of the filled slots, for all query heads      one program per key head and piece
-             that share a key head: largest score, sum, average
+             that share a key head: largest score, sum, average;
+             the first piece also keeps the new key and value
     merge    the pieces of one query head, in order                one program per query head
 
-Only filled slots are read, in about as many bytes per program at every length, so cost follows the context and
-not the size of the cache. No atomics: the same input gives the same bits. (Pieces as in Flash-Decoding, running
-maxima as in "Online normalizer calculation for softmax".)
+q and k are rotated on the way in. Only filled slots are read, in about as many bytes per program at every length,
+so cost follows the context and not the size of the cache. No atomics: the same input gives the same bits. (Pieces as
+in Flash-Decoding, running maxima as in "Online normalizer calculation for softmax".)
 """
 
 import math
@@ -56,32 +56,20 @@ def attend(
     kv_heads, slots, width = keys.shape
     heads = qkv.shape[1] // width - 2 * kv_heads
     shared = heads // kv_heads
-    q = torch.empty((heads, width), device=qkv.device, dtype=qkv.dtype)
-    turn_kernel[(heads + 2 * kv_heads,)](
-        qkv,
-        q,
-        keys,
-        values,
-        *turn,
-        position,
-        slots,
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        D=width,
-        **OPTIONS,
-    )
     averages = torch.empty((heads, PIECES, width), device=qkv.device, dtype=torch.float32)
     sums = torch.empty((2, heads, PIECES), device=qkv.device, dtype=torch.float32)
     part_kernel[(kv_heads, PIECES)](
-        q,
+        qkv,
         keys,
         values,
+        *turn,
         position,
         averages,
         sums[0],
         sums[1],
         slots,
         math.log2(math.e) / math.sqrt(width),
+        KV_HEADS=kv_heads,
         SHARED=shared,
         ROWS=max(SMALLEST_SIDE, triton.next_power_of_2(shared)),
         D=width,
@@ -107,15 +95,8 @@ def builds() -> tuple[Build, ...]:
 def _builds(dtype: str, heads: int, kv_heads: int, width: int) -> tuple[Build, ...]:
     floats, sums = f"*{dtype}", "*fp32"
     shared = heads // kv_heads
-    turned = {
-        **dict.fromkeys(
-            ["qkv_ptr", "q_ptr", "keys_ptr", "values_ptr", "cos_ptr", "sin_ptr"], floats
-        ),
-        "position_ptr": "*i64",
-        "slots": "i32",
-    }
     parts = {
-        **dict.fromkeys(["q_ptr", "keys_ptr", "values_ptr"], floats),
+        **dict.fromkeys(["qkv_ptr", "keys_ptr", "values_ptr", "cos_ptr", "sin_ptr"], floats),
         "position_ptr": "*i64",
         **dict.fromkeys(["averages_ptr", "tops_ptr", "sums_ptr"], sums),
         "slots": "i32",
@@ -124,12 +105,18 @@ def _builds(dtype: str, heads: int, kv_heads: int, width: int) -> tuple[Build, .
     merged = {**dict.fromkeys(["averages_ptr", "tops_ptr", "sums_ptr"], sums), "y_ptr": floats}
     rows = max(SMALLEST_SIDE, triton.next_power_of_2(shared))
     kernels = (
-        ("turn", turn_kernel, turned, {"HEADS": heads, "KV_HEADS": kv_heads, "D": width}),
         (
             "part",
             part_kernel,
             parts,
-            {"SHARED": shared, "ROWS": rows, "D": width, "SLOTS_AT_ONCE": BLOCK, "PARTS": PIECES},
+            {
+                "KV_HEADS": kv_heads,
+                "SHARED": shared,
+                "ROWS": rows,
+                "D": width,
+                "SLOTS_AT_ONCE": BLOCK,
+                "PARTS": PIECES,
+            },
         ),
         ("merge", merge_kernel, merged, {"D": width, "PARTS": PIECES}),
     )
@@ -146,48 +133,30 @@ def _builds(dtype: str, heads: int, kv_heads: int, width: int) -> tuple[Build, .
 
 
 @triton.jit
-def turn_kernel(
-    qkv_ptr,
-    q_ptr,
-    keys_ptr,
-    values_ptr,
-    cos_ptr,
-    sin_ptr,
-    position_ptr,
-    slots,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-):
-    """Rotate one head of q or k in the pairs (i, i + D / 2), or move one of v."""
-    head = tl.program_id(0)
-    at = tl.load(position_ptr)
+def turned(x_ptr, cos_ptr, sin_ptr, offset, mask, at, D: tl.constexpr):
+    """Rows of D rotated in the pairs (i, i + D / 2), rounded to their dtype."""
     d = tl.arange(0, D)
-    x = tl.load(qkv_ptr + head * D + d)
-    if head >= HEADS + KV_HEADS:
-        tl.store(values_ptr + ((head - HEADS - KV_HEADS) * slots + at) * D + d, x)
-    else:
-        partner = tl.load(qkv_ptr + head * D + (d + D // 2) % D).to(tl.float32)
-        cos = tl.load(cos_ptr + at * D + d).to(tl.float32)
-        sin = tl.load(sin_ptr + at * D + d).to(tl.float32)
-        turned = (x.to(tl.float32) * cos + partner * sin).to(x.dtype)
-        if head < HEADS:
-            tl.store(q_ptr + head * D + d, turned)
-        else:
-            tl.store(keys_ptr + ((head - HEADS) * slots + at) * D + d, turned)
+    cos = tl.load(cos_ptr + at * D + d).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + at * D + d).to(tl.float32)[None, :]
+    x = tl.load(x_ptr + offset + d[None, :], mask=mask, other=0)
+    partner = tl.load(x_ptr + offset + ((d + D // 2) % D)[None, :], mask=mask, other=0)
+    return (x.to(tl.float32) * cos + partner.to(tl.float32) * sin).to(x.dtype)
 
 
 @triton.jit
 def part_kernel(
-    q_ptr,
+    qkv_ptr,
     keys_ptr,
     values_ptr,
+    cos_ptr,
+    sin_ptr,
     position_ptr,
     averages_ptr,
     tops_ptr,
     sums_ptr,
     slots,
     scale,
+    KV_HEADS: tl.constexpr,
     SHARED: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
@@ -196,20 +165,31 @@ def part_kernel(
 ):
     """Attend to one piece of the filled slots; ``scale`` holds the factor that makes e to a power of 2.
 
-    A piece without slots leaves the largest score -inf and sums 0.
+    The first piece begins with the new token itself and puts it into the cache, where no piece looks for it. A
+    piece without slots leaves the largest score -inf and sums 0.
     """
     head, piece = tl.program_id(0), tl.program_id(1)
-    length = (tl.load(position_ptr) + 1).to(tl.int32)
-    blocks = tl.cdiv(length, SLOTS_AT_ONCE)
-    each = tl.cdiv(blocks, PARTS)
-    first = piece * each
+    at = tl.load(position_ptr)
     row, d = tl.arange(0, ROWS), tl.arange(0, D)
-    query = (head * SHARED + row)[:, None] * D + d[None, :]
-    q = tl.load(q_ptr + query, mask=(row < SHARED)[:, None], other=0)
+    known = (row < SHARED)[:, None]
+    q = turned(qkv_ptr, cos_ptr, sin_ptr, (head * SHARED + row)[:, None] * D, known, at, D)
     start = head.to(tl.int64) * slots * D
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     average = tl.zeros((ROWS, D), tl.float32)
+    if piece == 0:
+        place = (KV_HEADS * SHARED + head + tl.zeros((1, 1), tl.int32)) * D
+        key = turned(qkv_ptr, cos_ptr, sin_ptr, place, place >= 0, at, D)
+        value = tl.load(qkv_ptr + place + KV_HEADS * D + d[None, :])
+        tl.store(keys_ptr + start + at * D + d[None, :], key)
+        tl.store(values_ptr + start + at * D + d[None, :], value)
+        top = tl.sum(q.to(tl.float32) * key.to(tl.float32), axis=1) * scale
+        total += 1
+        average += value.to(tl.float32)
+    length = at.to(tl.int32)
+    blocks = tl.cdiv(length, SLOTS_AT_ONCE)
+    each = tl.cdiv(blocks, PARTS)
+    first = piece * each
     for block in range(first, tl.minimum(first + each, blocks)):
         slot = block * SLOTS_AT_ONCE + tl.arange(0, SLOTS_AT_ONCE)
         seen = slot < length
@@ -227,7 +207,7 @@ def part_kernel(
     out = (head * SHARED + row) * PARTS + piece
     tl.store(tops_ptr + out, top, mask=row < SHARED)
     tl.store(sums_ptr + out, total, mask=row < SHARED)
-    tl.store(averages_ptr + out[:, None] * D + d[None, :], average, mask=(row < SHARED)[:, None])
+    tl.store(averages_ptr + out[:, None] * D + d[None, :], average, mask=known)
 
 
 @triton.jit

@@ -227,6 +227,8 @@ def by_library(
     bias = None if weight.bias is None else _aligned(weight.bias)
     added = None if residual is None else _aligned(residual)
     y = x.new_empty((m, columns_of(weight.n, epilogue)))
+    if not m:
+        return y
     call = LinearCall(
         scheme=weight.scheme,
         dtype=dtype_name(x.dtype),
@@ -240,7 +242,7 @@ def by_library(
         residual=0 if added is None else added.data_ptr(),
         epilogue=epilogue,
     )
-    size = library.workspace_bytes(call, max_m=m) if m else 0
+    size = library.workspace_bytes(call, max_m=m)
     scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
     library.linear(
         call,

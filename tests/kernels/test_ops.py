@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ SCHEMES = ("w3a16", "w4a16", "w4a8")
 SMALL = Case(
     scheme="w3a16", dtype=torch.float16, m=3, n=64, k=256, group_size=128, bias=True, residual=True
 )
+TWO_ROUNDINGS = 2e-3
+"""Half an ulp of float16 before residual or epilogue and one after, relative to sums that may cancel."""
 SKINNY_ROWS = 8
 """Up to here the library multiplies by integers; above it rounds weights once."""
 FLOAT32_ROUNDING = 2e-7
@@ -207,6 +210,34 @@ def test_without_library_and_triton_both_are_named(monkeypatch: pytest.MonkeyPat
     assert caught.value.code == "E3005"
 
 
+@pytest.fixture
+def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before the first launch of a process."""
+    monkeypatch.setattr(ops._Choice, "decided", False)
+    monkeypatch.setattr(ops._Choice, "library", None)
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_missing_library_is_told_once_and_triton_takes_its_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ops, "BUILT_LIBRARY", tmp_path / "libmbq_kernels.so")
+    assert [ops.chosen_library() for _ in range(3)] == [None] * 3
+    assert len(caplog.records) == 1
+    assert "Triton" in caplog.text
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_library_that_is_none_is_an_error_not_a_reason_for_triton(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ops, "BUILT_LIBRARY", tmp_path / "libmbq_kernels.so")
+    ops.BUILT_LIBRARY.write_bytes(b"no library")
+    with pytest.raises(MbqError) as caught:
+        ops.chosen_library()
+    assert caught.value.code == "E3005"
+
+
 def test_only_importing_the_module_registers_the_operators() -> None:
     code = (
         "import torch, mbq_export.commands, mbq_kernels.weights, mbq_kernels.library;"
@@ -313,6 +344,40 @@ def test_a_replayed_graph_gives_the_bits_of_a_plain_call(scheme: str, m: int) ->
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
         graph.replay()
         assert torch.equal(kept, ops.apply(weight, x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_torch_finds_the_operators_consistent_on_a_gpu(scheme: str) -> None:
+    given = arguments(replace(SMALL, scheme=scheme).make(0))
+    moved = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in given.items()}
+    torch.library.opcheck(ops.linear, (), moved)
+    torch.library.opcheck(ops.quant_act, (moved["x"],))
+
+
+@pytest.mark.gpu
+def test_a_compiled_function_gives_the_bits_of_a_plain_one() -> None:
+    weight = weight_of(replace(SMALL, residual=False).make(0), "cuda")
+    x = torch.randn(3, 256, device="cuda").half()
+    compiled = torch.compile(lambda x: ops.apply(weight, x) * 2, fullgraph=True)
+    assert torch.equal(compiled(x), ops.apply(weight, x) * 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("epilogue", [Epilogue.NONE, Epilogue.SILU_MUL])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_triton_in_its_place_answers_up_to_a_rounding(scheme: str, epilogue: Epilogue) -> None:
+    case = replace(SMALL, scheme=scheme, epilogue=epilogue, residual=epilogue is Epilogue.NONE)
+    problem = case.make(0)
+    residual = None if problem.residual is None else problem.residual.cuda()
+    y = ops.by_triton(
+        weight_of(problem, "cuda"),
+        problem.x_on("cuda"),
+        residual=residual,
+        epilogue=name_of(epilogue),
+    )
+    found, wanted = y.double().cpu().numpy(), problem.answer.reference
+    assert np.linalg.norm(found - wanted) <= TWO_ROUNDINGS * np.linalg.norm(wanted)
 
 
 @pytest.mark.gpu
