@@ -10,10 +10,11 @@ from torch import Tensor
 from mbq_kernels.bench.limits import BITS_PER_BYTE, HALF_BYTES, Traffic
 from mbq_kernels.bench.machine import Device
 from mbq_kernels.bench.shapes import Shape, Suite
-from mbq_kernels.library import KernelLibrary
+from mbq_kernels.library import SCHEME_IDS, KernelLibrary
 
 Source = Literal["base", "cuda", "triton", "peer", "oracle"]
 ANY_ROWS: Final = 1 << 20
+CHANNEL_SCALE_BYTES: Final = 4
 DTYPES: Final = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -101,8 +102,14 @@ class Entrant:
 
     def traffic(self, shape: Shape, m: int) -> Traffic:
         """What one launch moves and multiplies at least."""
+        # bits leaves out the float32 scale of a channel, which a row has once.
+        channels = (
+            CHANNEL_SCALE_BYTES * shape.n
+            if self.scheme in SCHEME_IDS and not self.group_size
+            else 0
+        )
         return Traffic(
-            weight_bytes=shape.weights * self.bits / BITS_PER_BYTE,
+            weight_bytes=shape.weights * self.bits / BITS_PER_BYTE + channels,
             activation_bytes=HALF_BYTES * m * (shape.n + shape.k),
             operations=2 * m * shape.weights,
             int8=self.int8,

@@ -227,7 +227,7 @@ PEERS: Final = {
         replace(
             _GEMLITE,
             name="gemlite A8W4",
-            scheme="int4 x int8",
+            scheme="int4 x 8 bit",
             int8=True,
             bits=4.25,
             place=_gemlite(4, "A8W4_HQQ_INT_dynamic"),
@@ -246,7 +246,7 @@ PEERS: Final = {
     ),
     "torchao": (replace(_TINY, name="torchao int4", absent=here("torchao"), place=_torchao),),
     "hqq": (
-        replace(_HALF, name="hqq 3 bits", scheme="int3", bits=3.25, absent=here("hqq"), place=_hqq),
+        replace(_HALF, name="hqq 3 bits", scheme="int3", bits=3.45, absent=here("hqq"), place=_hqq),
     ),
 }
 """Packages and what is timed of each."""

@@ -104,18 +104,20 @@ def run(
     ]
     rig.ceilings.measure_first(sorted(set(sizes)))
     parts: tuple[tuple[str, Callable[[], Any]], ...] = (
-        ("rows", lambda: time_linears(rig, request.suite, present)),
+        ("rows", lambda: time_linears(rig, request.suite, present, result["rows"])),
         ("chain", lambda: time_chain(rig, LLAVA_OV_7B, chain_entrants(present))),
         ("decode", lambda: time_decode(rig) if request.decode else None),
     )
     sensors = Sensors(rig.setting.device)
     for name, measured in parts:
-        result[name] = measured()
-        result["ceilings"] = rig.ceilings.as_json()
-        result["sensors"][f"after_{name}"] = sensors.read()
-        result["software"]["seconds"] = round(time.monotonic() - started, 1)
-        result["targets"] = judged(result)
-        keep(result)
+        try:
+            result[name] = measured()
+        finally:  # whatever ends the run, what it measured is kept
+            result["ceilings"] = rig.ceilings.as_json()
+            result["sensors"][f"after_{name}"] = sensors.read()
+            result["software"]["seconds"] = round(time.monotonic() - started, 1)
+            result["targets"] = judged(result)
+            keep(result)
     result["complete"] = True
     return check_document(result)
 

@@ -73,18 +73,21 @@ class Seat:
     why: str
 
 
-def time_linears(rig: Rig, suite: Suite, entrants: Sequence[Entrant]) -> list[dict[str, Any]]:
+def time_linears(
+    rig: Rig, suite: Suite, entrants: Sequence[Entrant], rows: list[dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
     """Time every entrant at every problem of a suite.
 
     Args:
         rig: What to time with.
         suite: Shapes and rows.
         entrants: Those present; each dtype has one base among them.
+        rows: Where rows go, shape by shape, so that an ended run leaves them; None for a new list.
 
     Returns:
         One row per problem and entrant that takes it, with a time or a reason.
     """
-    rows: list[dict[str, Any]] = []
+    rows = [] if rows is None else rows
     problems = suite.problems()
     for shape in suite.shapes:
         sizes = [m for s, m in problems if s == shape]
