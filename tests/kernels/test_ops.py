@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,63 +15,25 @@ from torch import Tensor
 from mbq_export.errors import MbqError
 from mbq_export.schemes.w4a8 import quantize_activations
 from mbq_kernels import ops
-from mbq_kernels.cases import DTYPES, adversarial_cases, epilogue_cases
+from mbq_kernels.cases import DTYPES, epilogue_cases
 from mbq_kernels.comparison import Family
 from mbq_kernels.library import KernelLibrary, LinearCall
-from mbq_kernels.testing import Case, Epilogue, Problem, assert_close
-from mbq_kernels.weights import DeviceWeight, device_weight
+from mbq_kernels.testing import Epilogue, assert_close
 from tests.kernels.emulated import loaded
 from tests.kernels.emulated_linear import library_path
-
-SCHEMES = ("w3a16", "w4a16", "w4a8")
-SMALL = Case(
-    scheme="w3a16", dtype=torch.float16, m=3, n=64, k=256, group_size=128, bias=True, residual=True
+from tests.kernels.operator_calls import (
+    SCHEMES,
+    SKINNY_ROWS,
+    SMALL,
+    all_cases,
+    answer,
+    arguments,
+    name_of,
+    weight_of,
 )
-TWO_ROUNDINGS = 2e-3
-"""Half an ulp of float16 before residual or epilogue and one after, relative to sums that may cancel."""
-SKINNY_ROWS = 8
-"""Up to here the library multiplies by integers; above it rounds weights once."""
+
 FLOAT32_ROUNDING = 2e-7
 """Rounding a float64 answer to float32, half an ulp of each element, with room."""
-
-
-def weight_of(problem: Problem, device: str = "cpu") -> DeviceWeight:
-    return device_weight(problem.tiled, dtype=problem.case.dtype, device=device)
-
-
-def name_of(epilogue: Epilogue) -> str:
-    return epilogue.value.replace("-", "_")
-
-
-def answer(problem: Problem, device: str = "cpu") -> Tensor:
-    return ops.apply(
-        weight_of(problem, device),
-        problem.x_on(device),
-        residual=None if problem.residual is None else problem.residual.to(device),
-        epilogue=name_of(problem.case.epilogue),
-    )
-
-
-def arguments(problem: Problem, **changes: Any) -> dict[str, Any]:
-    weight = weight_of(problem)
-    return {
-        "x": problem.x,
-        "codes": weight.codes,
-        "scales": weight.scales,
-        "zeros": weight.zeros,
-        "bias": weight.bias,
-        "residual": problem.residual,
-        "scheme": weight.scheme,
-        "n": weight.n,
-        "k": weight.k,
-        "group_size": weight.group_size,
-        "epilogue": "none",
-    } | changes
-
-
-def all_cases(scheme: str, dtype: torch.dtype) -> Iterator[Case]:
-    yield from adversarial_cases(scheme, dtype)
-    yield from epilogue_cases(scheme, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -305,109 +267,3 @@ def test_the_library_quantizes_activations_bit_for_bit(watched: Watched, k: int)
     found = ops.quant_act_by_library(watched, x)
     for ours, wanted in zip(found, ops.quant_act(x), strict=True):
         assert torch.equal(ours, wanted)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_gpu_answers_every_case(scheme: str, dtype: torch.dtype) -> None:
-    for case in all_cases(scheme, dtype):
-        problem = case.make(0)
-        family = Family.SKINNY if case.m <= SKINNY_ROWS else Family.GEMM
-        assert_close(answer(problem, "cuda"), problem, family=family)
-
-
-@pytest.mark.gpu
-def test_a_gpu_runs_the_compiled_library() -> None:
-    assert ops.chosen_library() is not None, "python kernels/build.py"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("k", [8, 128, 136])
-def test_a_gpu_quantizes_activations_bit_for_bit(k: int) -> None:
-    x = torch.randn(5, k).half()
-    for found, wanted in zip(ops.quant_act(x.cuda()), ops.quant_act(x), strict=True):
-        assert torch.equal(found.cpu(), wanted)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 8, 33])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_replayed_graph_gives_the_bits_of_a_plain_call(scheme: str, m: int) -> None:
-    problem = replace(SMALL, scheme=scheme, m=m, n=512, k=1024).make(0)
-    weight, x = weight_of(problem, "cuda"), problem.x_on("cuda").clone()
-    ops.apply(weight, x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = ops.apply(weight, x)
-    for seed in range(3):
-        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
-        graph.replay()
-        assert torch.equal(kept, ops.apply(weight, x))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_torch_finds_the_operators_consistent_on_a_gpu(scheme: str) -> None:
-    given = arguments(replace(SMALL, scheme=scheme).make(0))
-    moved = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in given.items()}
-    torch.library.opcheck(ops.linear, (), moved)
-    torch.library.opcheck(ops.quant_act, (moved["x"],))
-
-
-@pytest.mark.gpu
-def test_a_compiled_function_gives_the_bits_of_a_plain_one() -> None:
-    weight = weight_of(replace(SMALL, residual=False).make(0), "cuda")
-    x = torch.randn(3, 256, device="cuda").half()
-    compiled = torch.compile(lambda x: ops.apply(weight, x) * 2, fullgraph=True)
-    assert torch.equal(compiled(x), ops.apply(weight, x) * 2)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("epilogue", [Epilogue.NONE, Epilogue.SILU_MUL])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_triton_in_its_place_answers_up_to_a_rounding(scheme: str, epilogue: Epilogue) -> None:
-    case = replace(SMALL, scheme=scheme, epilogue=epilogue, residual=epilogue is Epilogue.NONE)
-    problem = case.make(0)
-    residual = None if problem.residual is None else problem.residual.cuda()
-    y = ops.by_triton(
-        weight_of(problem, "cuda"),
-        problem.x_on("cuda"),
-        residual=residual,
-        epilogue=name_of(epilogue),
-    )
-    found, wanted = y.double().cpu().numpy(), problem.answer.reference
-    assert np.linalg.norm(found - wanted) <= TWO_ROUNDINGS * np.linalg.norm(wanted)
-
-
-@pytest.mark.gpu
-def test_two_streams_do_not_share_scratch() -> None:
-    problems = [replace(SMALL, m=m, n=2048, k=4096, residual=False).make(m) for m in (1, 33)]
-    pairs = [(weight_of(problem, "cuda"), problem.x_on("cuda")) for problem in problems]
-    wanted = [ops.apply(weight, x) for weight, x in pairs]
-    streams = [torch.cuda.Stream() for _ in pairs]
-    torch.cuda.synchronize()
-    for _ in range(50):
-        found = []
-        for stream, (weight, x) in zip(streams, pairs, strict=True):
-            with torch.cuda.stream(stream):
-                found.append(ops.apply(weight, x))
-        torch.cuda.synchronize()
-        for y, right in zip(found, wanted, strict=True):
-            assert torch.equal(y, right)
-
-
-@pytest.mark.gpu
-def test_rows_that_start_anywhere_in_memory_are_copied_into_place() -> None:
-    problem = replace(SMALL, residual=False).make(0)
-    buffer = torch.zeros(problem.x.numel() + 1, dtype=torch.float16, device="cuda")
-    x = buffer[1:].view(problem.x.shape).copy_(problem.x)
-    assert_close(ops.apply(weight_of(problem, "cuda"), x), problem)
-
-
-@pytest.mark.gpu
-def test_float32_on_a_gpu_is_an_error_with_a_code() -> None:
-    weight = weight_of(replace(SMALL, bias=False).make(0), "cuda")
-    with pytest.raises(MbqError) as caught:
-        ops.apply(weight, torch.zeros(1, 256, device="cuda"))
-    assert caught.value.code == "E4102"
