@@ -32,7 +32,7 @@ from tests.kernels.emulated_linear import (
 
 BYTE_ORDER: Final = (0, 2, 1, 3)
 """Column of each byte of four."""
-GEMM_IDS: Final = (101, 105, 109, 112, 114, 116)
+GEMM_IDS: Final = (101, 105, 109, 112, 114, 116, 117, 120)
 """One config of each block shape."""
 ONE_SM: Final = DeviceStruct(sm=90, sm_count=1, smem_optin=232448, l2_bytes=52428800)
 H100: Final = DeviceStruct(sm=90, sm_count=132, smem_optin=232448, l2_bytes=52428800)

@@ -3,7 +3,8 @@
 //   sx = max(max|x|, 1e-5) / 127      xq = rint(x / sx)      both with IEEE division, all in fp32
 //
 // Every four columns are stored in byte order 0 2 1 3, the order of a tile's nibbles; columns k .. 128 * k_tiles are 0.
-// A token that holds a NaN or an infinity has that scale and xq = 0: 0 * sx makes its whole output row NaN, and no other.
+// A token that holds a NaN or an infinity has that for its scale, and xq = 0: 0 * sx makes its whole output row NaN,
+// and no other.
 #pragma once
 
 #include "mbq/arch.cuh"

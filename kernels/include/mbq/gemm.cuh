@@ -61,7 +61,8 @@ MBQ_FN void multiply_part(const LinearParams &p, const Place &at,
         MBQ_UNROLL
         for (int phase = 0; phase < kPerTile; ++phase) {
             if (MBQ_MUTANT != 2) cp_async_wait<kPending>();
-            if (MBQ_MUTANT != 6) block_barrier(); // all copies of this step are there, every warp has left the one before
+            // All threads' copies of this step are there, and every warp has left the step before.
+            if (MBQ_MUTANT != 6) block_barrier();
             ring.begin(tile + (phase + kAhead) / kPerTile, (phase + kAhead) % kPerTile, previous_of(stage, B::kDepth),
                        previous_of(slot, kSlots));
             cp_async_commit();
@@ -96,8 +97,8 @@ template <class B, int kBlocksPerSm>
 MBQ_HOST_FN int launch_gemm_block(const LinearParams &p, const MbqConfig &config, CUstream_st *stream) {
     const gemm::Params params{p, gemm_block_rows(config, p.m), gemm_block_columns(config, p.n)};
     const Grid grid{params.row_blocks * params.tile_blocks, p.splits, 1};
-    return launch(gemm_kernel<B, kBlocksPerSm>, grid, B::kThreads, gemm_shared_bytes(config, B::Format::kScheme), stream,
-                  params);
+    const size_t shared = gemm_shared_bytes(config, B::Format::kScheme);
+    return launch(gemm_kernel<B, kBlocksPerSm>, grid, B::kThreads, shared, stream, params);
 }
 
 // Launch the instance of a config; MBQ_E_CONFIG if there is none.
@@ -109,6 +110,8 @@ MBQ_HOST_FN int launch_gemm(const LinearParams &p, const MbqConfig &config, CUst
     };
     if (is(4, 4, 16)) return launch_gemm_block<Block<Format, 4, 4, 4, 16>, 4>(p, config, stream);
     if (is(4, 4, 32)) return launch_gemm_block<Block<Format, 4, 4, 4, 32>, 4>(p, config, stream);
+    if (is(8, 4, 16)) return launch_gemm_block<Block<Format, 8, 4, 4, 16>, 3>(p, config, stream);
+    if (is(8, 4, 32)) return launch_gemm_block<Block<Format, 8, 4, 4, 32>, 3>(p, config, stream);
     if (is(8, 4, 64)) return launch_gemm_block<Block<Format, 8, 4, 4, 64>, 2>(p, config, stream);
     if (is(8, 4, 128)) return launch_gemm_block<Block<Format, 8, 4, 4, 128>, 2>(p, config, stream);
     if (is(8, 8, 128)) return launch_gemm_block<Block<Format, 8, 8, 4, 128>, 1>(p, config, stream);

@@ -26,7 +26,9 @@ constexpr MbqConfig kGemmConfigs[] = {
     {107, kGemmFamily, 4, 4, 4, 32, 4},  {108, kGemmFamily, 4, 4, 4, 32, 8},  {109, kGemmFamily, 8, 4, 4, 64, 1},
     {110, kGemmFamily, 8, 4, 4, 64, 2},  {111, kGemmFamily, 8, 4, 4, 64, 4},  {112, kGemmFamily, 8, 4, 4, 128, 1},
     {113, kGemmFamily, 8, 4, 4, 128, 2}, {114, kGemmFamily, 8, 8, 4, 128, 1}, {115, kGemmFamily, 8, 8, 4, 128, 2},
-    {116, kGemmFamily, 16, 8, 4, 128, 1},
+    {116, kGemmFamily, 16, 8, 4, 128, 1}, {117, kGemmFamily, 8, 4, 4, 16, 1}, {118, kGemmFamily, 8, 4, 4, 16, 2},
+    {119, kGemmFamily, 8, 4, 4, 16, 4},  {120, kGemmFamily, 8, 4, 4, 32, 1},  {121, kGemmFamily, 8, 4, 4, 32, 2},
+    {122, kGemmFamily, 8, 4, 4, 32, 4},
 };
 constexpr int kGemmConfigCount = static_cast<int>(sizeof kGemmConfigs / sizeof *kGemmConfigs);
 

@@ -48,24 +48,28 @@ struct Float {
                                      four >> (8 * (g & 3)) & 0xFFu);
     }
 
-    // One panel: half a tile, two blocks of 32 columns.
+    // One panel: half a tile, two blocks of 32 columns. `pairs` are those of the columns before, unless `first`.
     template <class B>
-    static MBQ_FN void multiply_panel(const LinearParams &p, uint32_t panel, uint32_t slot, int half_tile,
+    static MBQ_FN void multiply_panel(const LinearParams &p, uint32_t panel, uint32_t slot, int half_tile, bool first,
+                                      RowPair<Words, T> (&pairs)[B::kWarpTiles],
                                       Sum (&sum)[B::kWarpTiles][B::kRowTiles][4]) {
-        const int first = warp_index() * B::kWarpTiles;
+        // Groups of 64 or 128 columns serve several blocks; large bf16 blocks have no registers to keep their rows in.
+        constexpr bool kReload = T::kDtype == MBQ_BF16 && B::kRows > 32;
+        const int first_tile = warp_index() * B::kWarpTiles;
         typename Words::Lane codes[B::kWarpTiles];
-        RowPair<Words, T> pairs[B::kWarpTiles];
         MBQ_UNROLL
-        for (int i = 0; i < B::kWarpTiles; ++i)
-            codes[i] = half_tile_codes<Words>(slot + static_cast<uint32_t>((first + i) * B::kShared.tile_bytes), half_tile);
+        for (int i = 0; i < B::kWarpTiles; ++i) {
+            const uint32_t tile = slot + static_cast<uint32_t>((first_tile + i) * B::kShared.tile_bytes);
+            codes[i] = half_tile_codes<Words>(tile, half_tile);
+        }
         MBQ_UNROLL
         for (int block = 0; block < 2; ++block) {
+            const int column = 64 * half_tile + 32 * block;
+            const bool begins = kReload || (first && block == 0) || (column & ((1 << p.group_shift) - 1)) == 0;
             uint32_t a[B::kWarpTiles][8];
             MBQ_UNROLL
             for (int i = 0; i < B::kWarpTiles; ++i) {
-                // Groups of 64 or 128 columns serve both blocks; bf16 has no registers left to keep their rows.
-                if (block == 0 || p.group_shift == 5 || T::kDtype == MBQ_BF16)
-                    pairs[i] = rows<B>(slot, first + i, (64 * half_tile + 32 * block) >> p.group_shift);
+                if (begins) pairs[i] = rows<B>(slot, first_tile + i, column >> p.group_shift);
                 pairs[i].block(codes[i], half_tile, block, a[i]);
             }
             multiply_block<B>(panel, block, a, sum);
@@ -96,9 +100,11 @@ struct Float {
     template <class B>
     static MBQ_FN void multiply(const LinearParams &p, uint32_t stage, uint32_t slot, int stage_of_tile,
                                 Sum (&sum)[B::kWarpTiles][B::kRowTiles][4]) {
+        RowPair<Words, T> pairs[B::kWarpTiles];
         MBQ_UNROLL
         for (int panel = 0; panel < B::kShared.panels; ++panel)
-            multiply_panel<B>(p, stage + static_cast<uint32_t>(panel * B::kPanelBytes), slot, stage_of_tile + panel, sum);
+            multiply_panel<B>(p, stage + static_cast<uint32_t>(panel * B::kPanelBytes), slot, stage_of_tile + panel,
+                              panel == 0, pairs, sum);
     }
 
     // What one output multiplies: nothing, the weights are scaled.
@@ -127,7 +133,8 @@ struct Int8 {
         MBQ_UNROLL
         for (int i = 0; i < B::kWarpTiles; ++i) {
             const int tile = warp_index() * B::kWarpTiles + i;
-            const W4::Lane codes = W4::from_shared(slot + static_cast<uint32_t>(tile * B::kShared.tile_bytes), lane_index());
+            const uint32_t address = slot + static_cast<uint32_t>(tile * B::kShared.tile_bytes);
+            const W4::Lane codes = W4::from_shared(address, lane_index());
             MBQ_UNROLL
             for (int block = 0; block < 4; ++block) int8_fragments(codes, block, a[i][block]);
         }

@@ -14,7 +14,7 @@ MBQ_FN uint32_t bits_of(int32_t a) { return static_cast<uint32_t>(a); }
 MBQ_FN float sum_from(uint32_t bits, float) { return float_of_bits(bits); }
 MBQ_FN int32_t sum_from(uint32_t bits, int32_t) { return static_cast<int32_t>(bits); }
 MBQ_FN float plus(float a, float b) { return add_rn(a, b); }
-MBQ_FN int32_t plus(int32_t a, int32_t b) { return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
+MBQ_FN int32_t plus(int32_t a, int32_t b) { return static_cast<int32_t>(bits_of(a) + bits_of(b)); }
 
 // Sums of the block, in shared memory [rows, pitch] words over the rings' bytes, which are done with.
 template <class B>
@@ -25,7 +25,7 @@ public:
     using T = typename Format::Output;
 
     MBQ_FN Outputs(const LinearParams &params, const Place &place)
-        : p(params), at(place), shared(shared_base()), rows(p.m - place.first_row < B::kRows ? p.m - place.first_row : B::kRows) {}
+        : p(params), at(place), shared(shared_base()), rows(fewer(p.m - place.first_row, B::kRows)) {}
 
     MBQ_FN void put(const Sum (&sum)[B::kWarpTiles][B::kRowTiles][4]) const {
         const int g = lane_index() >> 2, t = lane_index() & 3;
@@ -66,13 +66,14 @@ public:
     }
 
 private:
+    static MBQ_FN int fewer(int a, int b) { return a < b ? a : b; }
     MBQ_FN uint32_t address(int row, int column) const {
         return shared + static_cast<uint32_t>(4 * (row * B::kShared.output_pitch + column));
     }
     MBQ_FN int width() const { return 16 * p.n_tiles; }
     MBQ_FN uint32_t *partial(int part, int row, int column) const {
-        const size_t line = static_cast<size_t>(part) * static_cast<size_t>(p.m) + static_cast<size_t>(at.first_row + row);
-        return p.partials + line * static_cast<size_t>(width()) + static_cast<size_t>(16 * at.first_tile + column);
+        const int64_t line = static_cast<int64_t>(part) * p.m + at.first_row + row;
+        return p.partials + line * width() + 16 * at.first_tile + column;
     }
 
     MBQ_FN Sum total(int row, int column) const {

@@ -100,21 +100,25 @@ private:
 
     // Tile i of the warp's: codes, and scales and zero points of its groups. Lanes take chunks in order.
     MBQ_FN void copy_tile(int i, int k_tile, uint32_t slot) const {
-        const uint32_t index = w_first + static_cast<uint32_t>(i * p.k_tiles + k_tile); // memory ends before 32 bits do
+        // 32 bits: a tile takes 768 bytes, so memory ends first.
+        const uint32_t index = w_first + static_cast<uint32_t>(i * p.k_tiles + k_tile);
         const bool valid = index < static_cast<uint32_t>(p.n_tiles) * static_cast<uint32_t>(p.k_tiles);
         const uint8_t *from = p.codes + size_t{index} * B::kShared.tile_bytes + 16 * lane;
         const uint32_t to = slot + static_cast<uint32_t>((tile + i) * B::kShared.tile_bytes + 16 * lane);
         MBQ_UNROLL
         for (int byte = 0; byte < B::kShared.tile_bytes; byte += 512)
-            if (byte + 16 * lane < B::kShared.tile_bytes) cp_async16(to + static_cast<uint32_t>(byte), from + byte, valid);
+            if (byte + 16 * lane < B::kShared.tile_bytes)
+                cp_async16(to + static_cast<uint32_t>(byte), from + byte, valid);
         if (p.groups == 0) return;
         const int groups = 128 >> p.group_shift;
         const size_t group = size_t{index} * static_cast<size_t>(groups);
-        const uint32_t scales = slot + static_cast<uint32_t>(B::kScalesAt + (tile + i) * B::kShared.scale_bytes);
-        const uint32_t zeros = slot + static_cast<uint32_t>(B::kZerosAt + (tile + i) * B::kShared.zero_bytes);
-        if (lane < 2 * groups) cp_async16(scales + static_cast<uint32_t>(16 * lane), p.scales + 32 * group + 16 * lane, valid);
-        if constexpr (B::kShared.zero_bytes != 0)
-            if (lane < groups) cp_async8(zeros + static_cast<uint32_t>(8 * lane), p.zeros + 8 * group + 8 * lane, valid);
+        const int scales = B::kScalesAt + (tile + i) * B::kShared.scale_bytes + 16 * lane;
+        if (lane < 2 * groups)
+            cp_async16(slot + static_cast<uint32_t>(scales), p.scales + 32 * group + 16 * lane, valid);
+        if constexpr (B::kShared.zero_bytes != 0) {
+            const int zeros = B::kZerosAt + (tile + i) * B::kShared.zero_bytes + 8 * lane;
+            if (lane < groups) cp_async8(slot + static_cast<uint32_t>(zeros), p.zeros + 8 * group + 8 * lane, valid);
+        }
     }
 
     const LinearParams &p;
