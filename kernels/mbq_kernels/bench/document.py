@@ -18,6 +18,8 @@ ROW_KEYS: Final = frozenset(
     | {"copies", "correct", "timing", "gb_s", "read_gb_s", "limit_us", "percent_of_read"}
     | {"percent_of_datasheet", "speedup", "predicted_us"}
 )
+OUT_OF_MEMORY: Final = "OutOfMemoryError"
+"""How a reason begins that says nothing about a kernel."""
 TIMES: Final = ("timing", "gb_s", "read_gb_s", "limit_us", "percent_of_read", "speedup")
 
 
@@ -70,21 +72,24 @@ def write_result(folder: Path, document: dict[str, Any], page: str) -> None:
 
 
 def failures(document: dict[str, Any]) -> list[str]:
-    """Entrants of ours whose answers were wrong, each with its problem; peers are not ours to fail by."""
+    """Everything of ours that was run and has no right answer, with its reason.
+
+    A wrong answer, a refusal and a crash are all failures; want of memory is a property of the card. Peers may fail.
+    """
+    ran = document["rehearsal"] if document["dry_run"] else document
     found = [
-        f"{row['entrant']} at {row['n']}x{row['k']}, M = {row['m']}: {row['timing_why']}"
-        for row in (*document["rows"], *document["rehearsal"]["rows"])
-        if row["correct"] is False and row["source"] != "peer"
+        (f"{row['entrant']} at {row['n']}x{row['k']}, M = {row['m']}", row) for row in ran["rows"]
     ]
-    found += [
-        f"{row['entrant']} in the chain: {row['timing_why']}"
-        for row in (*document["chain"], *document["rehearsal"]["chain"])
-        if row["correct"] is False and row["source"] != "peer"
-    ]
-    decodes = [d for d in (document["decode"], document["rehearsal"]["decode"]) if d]
-    return found + [
-        f"{row['entrant']} decoding at context {row['context']}: {row['timing_why']}"
-        for decode in decodes
-        for row in decode["rows"]
-        if row["correct"] is False
+    found += [(f"{row['entrant']} in the chain", row) for row in ran["chain"]]
+    if ran["decode"]:
+        found += [
+            (f"{row['entrant']} decoding at context {row['context']}", row)
+            for row in ran["decode"]["rows"]
+        ]
+    return [
+        f"{what}: {row['timing_why']}"
+        for what, row in found
+        if row["correct"] is not True
+        and row.get("source") != "peer"
+        and OUT_OF_MEMORY not in row["timing_why"]
     ]

@@ -1,5 +1,6 @@
 """Our linears and the base they are compared with: cuBLAS, CUDA kernels, Triton kernels, dequantize + cuBLAS."""
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
@@ -262,7 +263,7 @@ def _triton(scheme: str, group_size: int, dtype: str) -> Entrant:
         _ours(scheme, group_size, dtype),
         name=f"Triton {format_name(scheme, group_size)}{_suffix(dtype)}",
         source="triton",
-        absent=lambda setting: "" if setting.on_gpu else "Triton compiles for a GPU, there is none",
+        absent=_without_triton,
         place=place,
     )
 
@@ -329,6 +330,12 @@ def _ours(scheme: str, group_size: int, dtype: str) -> Entrant:
 
 def _without_library(setting: Setting) -> str:
     return "" if setting.library is not None else "the kernel library is not built"
+
+
+def _without_triton(setting: Setting) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return "" if setting.on_gpu else "Triton compiles for a GPU, there is none"
 
 
 def _suffix(dtype: str) -> str:

@@ -11,6 +11,7 @@ weights it was given. One that is missing or refuses is listed with its reason. 
     hqq               3 bits, dequantized by torch before every product: the naive way
 """
 
+import copy
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own usage)
 
 from mbq_export.errors import UsageError
-from mbq_kernels.bench.entrant import ANY_ROWS, DTYPES, Entrant, Placed, Placing, Setting
+from mbq_kernels.bench.entrant import ANY_ROWS, Entrant, Placed, Placing, Setting
 from mbq_kernels.bench.gate import float_gate, quantized_rows
 from mbq_kernels.bench.linears import float_copies, library_tolerance, row_blocks
 from mbq_kernels.bench.shapes import Shape
@@ -172,17 +173,15 @@ def _hqq(shape: Shape, placing: Placing) -> Placed:
     library = importlib.import_module("hqq.core.quantize")
     config = library.BaseQuantizeConfig(nbits=3, group_size=GROUP, axis=1)
     weight = float_copies(shape, 1, dtype="float16", device=placing.setting.device)[0]
-    layers = []
-    for _ in range(placing.copies):
-        plain = torch.nn.Linear(
-            shape.k, shape.n, bias=False, device="meta", dtype=DTYPES["float16"]
-        )
-        plain.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
-        device = str(placing.setting.device)
-        layers.append(library.HQQLinear(plain, config, compute_dtype=torch.float16, device=device))
+    plain = torch.nn.Linear(shape.k, shape.n, bias=False, device="meta", dtype=torch.float16)
+    plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+    device = str(placing.setting.device)
+    first = library.HQQLinear(plain, config, compute_dtype=torch.float16, device=device)
+    # Copied, for its search for scales takes longer than everything else together.
+    layers = [first, *(copy.deepcopy(first) for _ in range(placing.copies - 1))]
     return Placed(
         weight_bytes=layers[0].W_q.nbytes + 4 * shape.weights // GROUP,
-        run=lambda copy, x: torch.matmul(x, layers[copy].dequantize().t()),
+        run=lambda place, x: torch.matmul(x, layers[place].dequantize().t()),
         wrong=float_gate(lambda: row_blocks(layers[0].dequantize()), library_tolerance("float16")),
     )
 
