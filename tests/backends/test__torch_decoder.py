@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mbq_export.backends._torch_decoder import (
     device_of,
@@ -15,10 +16,9 @@ from mbq_export.backends._torch_decoder import (
     open_kernel_decoder,
 )
 from mbq_export.backends.torch import TorchEngine, fake_quant_model, kernel_engines
+from mbq_export.calibrate.shapes import evaluation_scenes
 from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import FormatError, InternalError, MachineError, UsageError
-from mbq_export.evaluate.samples import parity_samples
-from mbq_export.evaluate.sides import Oracle, prompt_of
 from mbq_export.families.inputs import ModelInputs
 from mbq_export.runtime import open_session
 from mbq_export.runtime.request import Engines, Prepared
@@ -31,8 +31,11 @@ from tests.tiny import Tiny, load_tiny, tiny_checkpoint
 
 FEW, ALL = 4, 20
 """Prompts of the sample model: what the fast tests take, and how many there are."""
+SEED = 13
 NEW_TOKENS = 12
 CPU = torch.device("cpu")
+FLOAT32_RELATIVE = 1e-5
+"""Two orders of summation in float32 through two blocks."""
 
 
 @cache
@@ -42,15 +45,32 @@ def checkpoint() -> QuantCheckpoint:
 
 @cache
 def questions() -> tuple[ModelInputs, ...]:
+    """Of every kind in turn, about scenes that nobody trained on."""
     processor = fake_quant_model(checkpoint()).processor
-    return tuple(map(prompt_of, parity_samples(None, ALL, processor)))
+    asked = []
+    for index, scene in enumerate(evaluation_scenes(ALL, seed=SEED)):
+        question = scene.questions[index % len(scene.questions)]
+        asked.append(processor.inputs(question.text, [Image.fromarray(scene.image)]))
+    return tuple(asked)
 
 
 @cache
 def expected(count: int) -> list[list[int]]:
-    """What the oracle answers greedily."""
-    oracle = Oracle(fake_quant_model(checkpoint()))
-    return [oracle.greedy(asked, new_tokens=NEW_TOKENS) for asked in questions()[:count]]
+    """What transformers itself generates from the oracle's weights."""
+    model = fake_quant_model(checkpoint())
+    ends = sorted(model.processor.eos_ids)
+    found = []
+    for asked in questions()[:count]:
+        with torch.no_grad():
+            ids = model.module.generate(
+                **asked.tensors(),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=ends,
+                pad_token_id=ends[0],
+            )
+        found.append(ids[0, len(asked.input_ids) :].tolist())
+    return found
 
 
 def answers(session: Session, count: int) -> list[list[int]]:
@@ -92,6 +112,21 @@ def test_tokens_of_the_sample_model_are_the_oracle_s_on_a_gpu() -> None:
         assert session.name == "torch:cuda"
         assert answers(session, ALL) == expected(ALL)
         assert answers(session, ALL) == expected(ALL), "with the graph that the first round left"
+
+
+@pytest.mark.parametrize(("scheme", "group_size"), [("w3a16", 32), ("w4a16", 128)])
+def test_logits_are_the_oracle_s_in_every_format(
+    tmp_path: Path, scheme: str, group_size: int
+) -> None:
+    found = tiny(tmp_path, scheme=scheme, group_size=group_size)
+    model = fake_quant_model(found)
+    ids = torch.arange(4, 24)
+    with torch.no_grad():
+        wanted = model.module(input_ids=ids[None], use_cache=False).logits[0, -1].numpy()
+        embeds = model.module.get_submodule(model.family.embed)(ids[None]).numpy()
+    feeds = {"inputs_embeds": embeds, "position_ids": np.arange(20)[None]}
+    logits = engine(found).run(feeds)["logits"][0, 0]
+    assert np.linalg.norm(logits - wanted) <= FLOAT32_RELATIVE * np.linalg.norm(wanted)
 
 
 def test_linears_that_share_their_input_are_one(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def test_torch_finds_the_operators_consistent_on_a_gpu(scheme: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32")  # the compiler's advice to round more
 def test_a_compiled_function_gives_the_bits_of_a_plain_one() -> None:
     weight = weight_of(replace(SMALL, residual=False).make(0), "cuda")
     x = torch.randn(3, 256, device="cuda").half()
