@@ -36,7 +36,7 @@ from mbq_kernels.decoder_weights import (
     Linear,
     random_weights,
 )
-from mbq_kernels.linear_checks import SILU_MUL
+from mbq_kernels.linear_checks import HALVES, SILU_MUL
 from mbq_kernels.plain_attention import cached_attention, later_masked, rotated, rotations
 
 __all__ = ["LLAVA_OV_7B", "Decoder", "DecoderShape", "DecoderWeights", "generate", "random_decoder"]
@@ -97,7 +97,7 @@ class Decoder:
         self._token = torch.zeros(1, device=self.device, dtype=torch.int64)
         self._length = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._step_attention = _attention_of_steps(shape, self.device)
+        self._step_attention = _attention_of_steps(shape, self.device, self.dtype)
 
     @property
     def length(self) -> int:
@@ -322,9 +322,12 @@ def generate(
     return ids[:end]
 
 
-def _attention_of_steps(shape: DecoderShape, device: torch.device) -> StepAttention | None:
+def _attention_of_steps(
+    shape: DecoderShape, device: torch.device, dtype: torch.dtype
+) -> StepAttention | None:
     """The kernels for one new token, or None where they do not run."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    halves_on_a_gpu = device.type == "cuda" and dtype in HALVES
+    if not halves_on_a_gpu or importlib.util.find_spec("triton") is None:
         return None
     from mbq_kernels import decode_attention  # noqa: PLC0415  (Triton is an extra)
 
