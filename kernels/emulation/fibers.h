@@ -14,6 +14,7 @@ namespace simt {
 // swapcontext, make no system call.
 struct Fiber {
     jmp_buf stopped;
+    void *words[5];  // the same, when built for the address sanitizer
     ucontext_t context;
     char *stack = nullptr;
     bool started = false;

@@ -1,6 +1,7 @@
 """Run problems with known answers on the emulated kernel library, under every order that threads may take."""
 
 import functools
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -51,11 +52,15 @@ SETTINGS: Final = (
 
 
 def library_path(mutant: int = 0, source: str = "") -> Path:
-    """The emulated library, made if it is stale; with a planted defect in one source if `mutant` is not 0."""
+    """The emulated library, made if it is stale; with a planted defect in one source if `mutant` is not 0.
+
+    Extra flags of the compiler, a sanitizer's for example, come from the environment: MBQ_EMULATED_FLAGS.
+    """
+    flags = [f"--flag={flag}" for flag in os.environ.get("MBQ_EMULATED_FLAGS", "").split()]
     name = f"mutant_{mutant}_{source}" if mutant else "linear"
-    out = ROOT / "build" / "emulation" / f"{name}.so"
+    out = ROOT / "build" / "emulation" / f"{name}{'_flags' if flags else ''}.so"
     defines = ["--define", f"MBQ_MUTANT={mutant}", "--define-in", source] if mutant else []
-    command = [sys.executable, ROOT / "kernels/build.py", "--emulated", "-o", out, *defines]
+    command = [sys.executable, ROOT / "kernels/build.py", "--emulated", "-o", out, *defines, *flags]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     return out

@@ -10,6 +10,7 @@ from tests.kernels.emulated import (
     CASES,
     EMULATION,
     EVERY_ORDER,
+    ROOT,
     BlockOrder,
     Buffer,
     Schedule,
@@ -167,3 +168,15 @@ def test_overlapping_buffers_and_unknown_schedules_are_refused(rules: ctypes.CDL
     rules.mbq_emulation_forget_all()
     assert rules.mbq_emulation_configure(4, 0, 0) < 0
     assert rules.mbq_emulation_configure(0, 0, -1) < 0
+
+
+def test_only_one_header_speaks_to_the_device() -> None:
+    words = r"\basm\b|__half|__nv_|__shfl|__sync|__ld|__f\w+_r[nz]|threadIdx|blockIdx|blockDim|gridDim|<<<|cuda_\w+\.h"
+    folders = [ROOT / "kernels/include/mbq", ROOT / "kernels/src"]
+    speaking = {
+        path.name
+        for folder in folders
+        for path in folder.iterdir()
+        if re.search(words, re.sub(r"//.*", "", path.read_text()))
+    }
+    assert speaking == {"arch.cuh"}
