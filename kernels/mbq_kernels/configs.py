@@ -105,7 +105,8 @@ def select_config(op: Op, *, sm: int, n: int, k: int, m: int) -> Gemv | Gemm:
         n_tiles = 1 if sm else _power_of_two(-(-n // TILE_ROWS), 1, 4)
         return Gemv(n_tiles=n_tiles, k_tiles=k_tiles, rows=rows, num_warps=4)
     rows = _power_of_two(m, 16, 128 if sm in WIDE_BLOCKS else 64)
-    n_tiles = _power_of_two(-(-n // TILE_ROWS), 2, 4)
+    # Few rows leave few programs: narrow blocks, which also keep four warps from spilling.
+    n_tiles = _power_of_two(-(-n // TILE_ROWS), 2, 4 if rows >= 64 else 2)
     return Gemm(n_tiles=n_tiles, rows=rows, num_warps=8 if rows >= 64 else 4)
 
 
