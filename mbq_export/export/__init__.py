@@ -11,6 +11,7 @@ Every file is checked before the folder is published.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 from mbq_export.checkpoint import KEPT
-from mbq_export.errors import UsageError, located
+from mbq_export.errors import InternalError, UsageError, located
 from mbq_export.export import decoder, embed, ops, vision
 from mbq_export.export.check import ANY, Limits, check_graph, check_written
 from mbq_export.export.graph import columns_of, packed_nodes, packed_source
@@ -41,7 +42,6 @@ from mbq_export.export.save import constant_bytes, node_counts, ports_of, save_g
 from mbq_export.progress import Progress, silent
 from mbq_export.reading import sha256_of
 from mbq_export.schemes import SCHEMES
-from mbq_export.schemes.layouts import dense
 from mbq_export.tensor_file import write_tensors
 from mbq_export.writing import (
     explained,
@@ -132,7 +132,8 @@ def check_forms(checkpoint: QuantCheckpoint, forms: tuple[GraphForm, ...], *, lo
 
     Raises:
         UsageError: E2001 for an unknown lowering, E2002 for one without a form of this scheme, for an op level
-            that lacks the cache, or for two forms of one file name, E2009 for more than ``longest`` positions.
+            that lacks the cache, or for two forms of one file name, E2006 for one without a form of its groups,
+            E2009 for more than ``longest`` positions.
     """
     for form in forms:
         if form.max_context is not None and form.max_context > longest:
@@ -146,13 +147,22 @@ def check_forms(checkpoint: QuantCheckpoint, forms: tuple[GraphForm, ...], *, lo
         lowering = LOWERINGS[form.lowering]
         reason = None
         if checkpoint.scheme_name != KEPT:
-            reason = lowering.supports(SCHEMES[checkpoint.scheme_name], form.target)
+            scheme = SCHEMES[checkpoint.scheme_name]
+            reason = lowering.supports(scheme, form.target)
+            lowering.check_group(scheme, checkpoint.group_size)
         if reason is not None:
             raise UsageError(
                 "E2002",
                 f"Lowering {form.lowering} cannot hold {checkpoint.scheme_name}: {reason}.",
                 why="a lowering has a form for some schemes and targets only",
                 fix="choose another --lowering",
+            )
+        if form.dtype not in lowering.dtypes:
+            raise UsageError(
+                "E2002",
+                f"Lowering {form.lowering} is not written in {form.dtype}.",
+                why=f"it exists in {', '.join(lowering.dtypes)}",
+                fix=tuple(f"--dtype {dtype}" for dtype in lowering.dtypes),
             )
     names = [form.file_name for form in forms]
     if len(set(names)) < len(names):
@@ -186,9 +196,8 @@ class _Export:
         # Last, because it takes longest: what else is wrong shows before.
         traced = vision.vision_graph(self.checkpoint, family=self.family, profile=OPSET23)
         for dtype in sorted(dtypes, key=DTYPES.index):
-            if dtype == "fp16":
-                vision.halve(traced)
-            yield self.written(traced, file_name(vision.GRAPH_NAME, dtype), dtype)
+            graph = traced if dtype == "fp32" else vision.halved(traced, dtype)
+            yield self.written(graph, file_name(vision.GRAPH_NAME, dtype), dtype)
 
     def decoder(self, form: GraphForm) -> GraphRecord:
         shape = self.family.text_shape(self.checkpoint.config)
@@ -209,9 +218,10 @@ class _Export:
             record,
             form=form,
             scheme=self.checkpoint.scheme_name,
-            layouts={dense.LAYOUT.name: dense.LAYOUT.version} if packed_nodes(model) else {},
+            layouts=layouts_of(model),
             linears=linears,
             declined=tuple(declined),
+            plugin_layers=_plugin_layers(model, linears) if form.lowering == "plugin" else {},
         )
 
     def written(self, model: ir.Model, file: str, dtype: str, limits: Limits = ANY) -> GraphRecord:
@@ -235,6 +245,28 @@ class _Export:
         )
         check_written(check_graph(path, limits), record)
         return record
+
+
+def layouts_of(model: ir.Model) -> dict[str, int]:
+    """Version of every layout that words of a graph have, by name."""
+    found = {}
+    for node in packed_nodes(model):
+        found[node.attributes["layout"].as_string()] = node.attributes["layout_version"].as_int()
+    return found
+
+
+def _plugin_layers(model: ir.Model, planned: tuple[LinearNode, ...]) -> dict[str, tuple[str, ...]]:
+    """Nodes that an engine must hold as plugins: every quantized linear that there was before lowering.
+
+    Raises:
+        InternalError: E9001 if a linear got lost on the way: an engine would lack it without a word.
+    """
+    wanted = ops.plugin_layers(
+        (ops.OPS[linear.scheme].name, linear.node) for linear in planned if linear.scheme != KEPT
+    )
+    if json.loads(model.metadata_props[ops.PLUGIN_LAYERS]) != wanted:
+        raise InternalError("E9001", "The plugin graph lost a linear while it was lowered.")
+    return {op: tuple(names) for op, names in wanted.items()}
 
 
 def linear_nodes(model: ir.Model) -> tuple[LinearNode, ...]:

@@ -17,7 +17,11 @@ from mbq_export.schemes.layouts import dense
 Dims = Sequence[int | str | ir.SymbolicDim]
 """Sizes of a value; a string is the symbol of a size that varies."""
 
-DTYPES: Final = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+DTYPES: Final = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+}
 INT64: Final = ir.DataType.INT64
 BOOL: Final = ir.DataType.BOOL
 FLOAT: Final = ir.DataType.FLOAT
@@ -205,6 +209,16 @@ def packed_source(node: ir.Node) -> PackedSource:
 def packed_nodes(model: ir.Model) -> list[ir.Node]:
     """All nodes of the ``mbq`` domain, in graph order."""
     return [node for node in model.graph if node.domain == ops.DOMAIN]
+
+
+def bias_addition(node: ir.Node) -> ir.Node | None:
+    """The node that adds the bias of a linear, if it has one that nothing bypasses."""
+    if node.outputs[0].is_graph_output():
+        return None
+    users = [use.node for use in node.outputs[0].uses()]
+    if len(users) == 1 and users[0].op_type == "Add" and str(users[0].name).endswith(".add_bias"):
+        return users[0]
+    return None
 
 
 def add_constant(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

@@ -29,6 +29,7 @@ Names of values that tools may rely on (`evaluate` taps them), for decoder block
     norm.out                 what the head reads
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, cast
 
@@ -64,6 +65,9 @@ TILES: Final = "num_tiles"
 
 SOURCE: Final = "mbq.source"
 """Node metadata: module paths in the original model, comma separated, in the order of the output columns."""
+
+PLUGIN_LAYERS: Final = "mbq.plugin_layers"
+"""Metadata of a graph in the plugin form: a JSON object of node names by operator (`plugin_layers`)."""
 
 LARGEST_OPSET: Final = 26
 """ONNX Runtime 1.31 refuses models of opset 27 and later."""
@@ -121,6 +125,26 @@ OPS: Final = {
 def op_named(name: str) -> LinearOp | None:
     """The operator of an op type, or None if the domain has no such op."""
     return next((op for op in OPS.values() if op.name == name), None)
+
+
+def scheme_of(op: LinearOp) -> str:
+    """Name of the scheme of an operator, one of `OPS`."""
+    return next(name for name, each in OPS.items() if each == op)
+
+
+def plugin_layers(nodes: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Nodes that an engine must hold as plugin layers, by operator.
+
+    Args:
+        nodes: Operator and name of each, in graph order.
+
+    Returns:
+        Sorted by operator; names in graph order.
+    """
+    layers: dict[str, list[str]] = {}
+    for op_type, name in nodes:
+        layers.setdefault(op_type, []).append(name)
+    return dict(sorted(layers.items()))
 
 
 def past_key_value(layer: int, part: str) -> str:

@@ -17,7 +17,7 @@ MERGE: Final = "replace_rows"
 """How the host joins pictures and text: rows of `inputs_embeds` at image-token positions are replaced."""
 
 TARGETS: Final = ("ort", "trt")
-DTYPES: Final = ("fp32", "fp16")
+DTYPES: Final = ("fp32", "fp16", "bf16")
 KV_MODES: Final = ("concat", "static")
 LOGITS: Final = ("all", "last")
 
@@ -27,9 +27,10 @@ class GraphForm:
     """One decoder graph to write.
 
     Attributes:
-        lowering: ``reference`` (mbq nodes with function bodies) or ``qdq`` (standard ops on 4-bit constants).
+        lowering: ``reference`` (mbq nodes with function bodies), ``qdq`` (standard ops on 4-bit constants) or
+            ``plugin`` (mbq nodes on tiles, which only TensorRT with our plugins runs).
         target: Runtime the graph is for: ``ort`` or ``trt`` (any flavour of TensorRT).
-        dtype: Type of activations: ``fp32`` or ``fp16``.
+        dtype: Type of activations: ``fp32``, ``fp16`` or ``bf16``.
         kv: ``concat`` appends to the cache, ``static`` writes into slots of a cache of ``max_context``.
         logits: ``all`` positions, or the ``last`` one.
         max_context: Slots of a static cache and rows of the rotary tables; None takes the model's own limit.
@@ -80,12 +81,13 @@ class GraphForm:
 
     @property
     def variant(self) -> str:
-        """Middle part of the file name: ``reference``, ``qdq_ort`` or ``qdq_trt``."""
-        return self.lowering if self.lowering == "reference" else f"{self.lowering}_{self.target}"
+        """Middle part of the file name: ``reference``, ``qdq_ort``, ``qdq_trt`` or ``plugin``."""
+        one_for_all = self.lowering in {"reference", "plugin"}
+        return self.lowering if one_for_all else f"{self.lowering}_{self.target}"
 
     @property
     def file_name(self) -> str:
-        """Name of the graph file: ``decoder_model_merged_<variant>[_fp16].onnx``."""
+        """Name of the graph file: ``decoder_model_merged_<variant>[_<dtype>].onnx``."""
         return file_name(f"decoder_model_merged_{self.variant}", self.dtype)
 
 
@@ -165,6 +167,7 @@ class GraphRecord:
         attention_layers: Attention nodes.
         kv_updates: Nodes that write into a static cache.
         declined: Rewrites that did not apply, with the reason.
+        plugin_layers: Nodes that an engine of this graph must hold as plugin layers, by operator.
     """
 
     name: str
@@ -184,6 +187,7 @@ class GraphRecord:
     attention_layers: int = 0
     kv_updates: int = 0
     declined: tuple[str, ...] = ()
+    plugin_layers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +264,8 @@ def _graph(found: dict[str, Any]) -> GraphRecord:
         "inputs": tuple(map(_port, found["inputs"])),
         "outputs": tuple(map(_port, found["outputs"])),
         "linears": tuple(map(_linear, found["linears"])),
+        # Not there in files of releases without plugins.
+        "plugin_layers": {op: tuple(names) for op, names in found.get("plugin_layers", {}).items()},
     }
     return GraphRecord(**_fields(GraphRecord, found) | nested)
 

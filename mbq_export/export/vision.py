@@ -17,8 +17,9 @@ import torch
 from mbq_export import __version__
 from mbq_export.errors import FormatError, InternalError
 from mbq_export.export import ops
-from mbq_export.export.graph import PRODUCER
+from mbq_export.export.graph import DTYPES, PRODUCER
 from mbq_export.export.passes import PASSES
+from mbq_export.export.passes.halve_floats import halve
 from mbq_export.families.weights import SourceWeights, StoredTensor
 from mbq_export.reading import TensorEntry
 
@@ -73,20 +74,26 @@ def vision_graph(
     return traced
 
 
-def halve(model: ir.Model) -> None:
-    """Turn a traced graph into fp16, in place.
+def halved(model: ir.Model, dtype: str) -> ir.Model:
+    """Copy a traced graph in a type of 16 bits; constants are rounded when the copy is written.
+
+    Args:
+        model: In fp32.
+        dtype: ``fp16`` or ``bf16``.
 
     Raises:
         FormatError: E4005 if the tower mixes precisions on purpose.
     """
-    reasons = PASSES["halve_floats"].run(model)
+    copy = model.clone()
+    reasons = halve(copy, DTYPES[dtype])
     if reasons:
         raise FormatError(
             "E4005",
-            f"The vision tower cannot be written in fp16: {reasons[0]}.",
+            f"The vision tower cannot be written in {dtype}: {reasons[0]}.",
             why="a tower that mixes precisions would change its function",
             fix="--dtype fp32 and a target that takes it",
         )
+    return copy
 
 
 @dataclass(frozen=True, kw_only=True)

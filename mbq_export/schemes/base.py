@@ -20,6 +20,10 @@ from numpy.typing import NDArray
 from mbq_export.errors import FormatError, UsageError
 
 GROUP_SIZES: Final = (32, 64, 128)
+FULL_PRECISION_BITS: Final = 16
+"""Width of activations that are not rounded."""
+WHOLE_WORDS: Final = 8
+"""Columns of a row without groups are a multiple: kernels read eight at a time, and codes end with a word."""
 CHANNEL: Final = 0
 """Group size that stands for one group per output channel."""
 
@@ -124,14 +128,49 @@ class QuantScheme:
             UsageError: E2004 if the scheme has no such group size, or it does not divide K.
         """
         if group_size not in self.group_sizes:
-            known = ["channel" if size == CHANNEL else str(size) for size in self.group_sizes]
+            known = {size: "channel" if size == CHANNEL else str(size) for size in self.group_sizes}
+            fits = [name for size, name in known.items() if size == CHANNEL or k % size == 0]
             raise UsageError(
                 "E2004",
                 f"{self.name} has no groups of {group_size or 'a whole channel'}.",
-                why=f"its groups are {', '.join(known)}",
-                fix=tuple(f"--group-size {size}" for size in known),
+                why=f"its groups are {', '.join(known.values())}",
+                fix=tuple(f"--group-size {name}" for name in fits)
+                or "--wbits 16 keeps the model as it is",
             )
         return 1 if group_size == CHANNEL else groups_of(k, group_size)
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether activations are rounded too, row by row while the model runs."""
+        return self.act_bits != FULL_PRECISION_BITS
+
+    def check_columns(self, k: int, group_size: int) -> None:
+        """Refuse rows that this scheme cannot hold.
+
+        Raises:
+            UsageError: E2004 as `groups_of` or for K that is no multiple of `WHOLE_WORDS`, E2007 if integer sums
+                over K may overflow.
+        """
+        self.groups_of(k, group_size)
+        if k % WHOLE_WORDS:
+            raise UsageError(
+                "E2004",
+                f"Rows of {k} columns do not end with a word.",
+                why=f"in_features must be a multiple of {WHOLE_WORDS}, because kernels read as many at a time",
+                fix="--wbits 16 keeps the model as it is",
+            )
+        if self.largest_k is not None and k > self.largest_k:
+            raise UsageError(
+                "E2007",
+                f"{k} products of {self.name} may overflow a 32-bit sum.",
+                why=f"the sum is exact up to in_features {self.largest_k}",
+                fix="--scheme w4a16",
+            )
+
+
+def group_name(group_size: int) -> str:
+    """What people read: ``g128``, or ``channel``."""
+    return "channel" if group_size == CHANNEL else f"g{group_size}"
 
 
 def groups_of(k: int, group_size: int) -> int:
@@ -156,7 +195,8 @@ def check_packed(weight: PackedWeight) -> None:
     """Check shapes and values of a packed weight as a reader does (FORMATS 13.1).
 
     Raises:
-        FormatError: E4102 for a wrong shape or dtype, E4411 for a scale or zero point out of range.
+        FormatError: E4102 for a wrong shape or dtype, E4411 for a scale or zero point out of range, or for bits
+            behind the last code of a row.
     """
     columns = -(-weight.k * weight.bits // 32)
     if weight.words.dtype != np.uint32 or weight.words.shape[1:] != (columns,):
@@ -181,6 +221,14 @@ def check_packed(weight: PackedWeight) -> None:
             "E4411",
             f"{int((~(weight.scales > 0)).sum())} scales are not finite and positive.",
             why="a scale is a positive number",
+            fix="quantize the model again",
+        )
+    used = weight.k * weight.bits % 32
+    if used and (weight.words[:, -1] >> np.uint32(used)).any():
+        raise FormatError(
+            "E4411",
+            "Bits behind the last code of a row are set.",
+            why="the tail of a row is zero",
             fix="quantize the model again",
         )
     if weight.zeros is not None and (

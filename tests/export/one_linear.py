@@ -17,7 +17,7 @@ from mbq_export.export.profile import OPSET23, OpProfile
 from mbq_export.export.save import save_graph
 from mbq_export.export.weights import PackedSource
 from mbq_export.schemes import SCHEMES
-from mbq_export.schemes.base import PackedWeight, QuantScheme
+from mbq_export.schemes.base import CHANNEL, PackedWeight, QuantScheme
 from mbq_export.schemes.layouts import dense
 
 
@@ -78,6 +78,22 @@ def random_packed(
     )
 
 
+def random_symmetric(
+    rng: np.random.Generator, *, n: int, k: int, group_size: int = CHANNEL
+) -> PackedWeight:
+    """A weight of w4a8, all codes in use."""
+    shape = (n, 1) if group_size == CHANNEL else (n, k // group_size)
+    scales = rng.uniform(2**-10, 2**-4, shape)
+    return PackedWeight(
+        words=dense.pack(rng.integers(0, 16, (n, k)).astype(np.uint8), bits=4),
+        scales=scales.astype(np.float32 if group_size == CHANNEL else np.float16),
+        zeros=None,
+        k=k,
+        bits=4,
+        group_size=group_size,
+    )
+
+
 def source_of(weight: PackedWeight, name: str = "w", scheme: str | None = None) -> PackedSource:
     """Describe one linear as a node's weight; by default of the weight-only scheme of its width."""
     shelf = Shelf({name: weight}, None if scheme is None else SCHEMES[scheme])
@@ -91,12 +107,14 @@ def one_node(
     target: str = "ort",
     dtype: str = "fp32",
     profile: OpProfile = OPSET23,
+    scheme: str | None = None,
 ) -> ir.Model:
     """A graph ``x (1, rows, K) -> y`` of one lowered linear."""
     g = Emitter(profile=profile, dtype=dtype)
     x = g.input("x", [1, "rows", weight.k])
     out = g.value("y", [1, "rows", weight.n])
-    g.append(packed_node(g.constant, x, name="linear", source=source_of(weight), out=out))
+    source = source_of(weight, scheme=scheme)
+    g.append(packed_node(g.constant, x, name="linear", source=source, out=out))
     model = g.model("one_linear", [out])
     LOWERINGS[lowering].lower(model, target)
     return model
@@ -106,7 +124,8 @@ def write_one(folder: Path, *, bits: int = 3, lowering: str = "reference") -> Pa
     """A sound graph of one linear with external constants, to be damaged."""
     weight = random_packed(np.random.default_rng(1), n=64, k=128, bits=bits, group_size=32)
     path = folder / "one.onnx"
-    save_graph(one_node(weight, lowering=lowering), path)
+    target, dtype = ("trt", "fp16") if lowering == "plugin" else ("ort", "fp32")
+    save_graph(one_node(weight, lowering=lowering, target=target, dtype=dtype), path)
     return path
 
 

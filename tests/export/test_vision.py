@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import ml_dtypes
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -16,8 +18,9 @@ from mbq_export.evaluate.tolerances import BLOCK_FP16, BLOCK_FP32
 from mbq_export.export.check import check_graph
 from mbq_export.export.graph import Emitter
 from mbq_export.export.profile import OPSET23
+from mbq_export.export.record import DTYPES
 from mbq_export.export.save import save_graph
-from mbq_export.export.vision import halve, vision_graph
+from mbq_export.export.vision import halved, vision_graph
 from mbq_export.schemes.base import PackedWeight
 from tests.export import decoders
 from tests.export.one_linear import relative_error
@@ -25,7 +28,7 @@ from tests.export.one_linear import relative_error
 
 @pytest.fixture(scope="module")
 def graphs() -> Iterator[dict[str, Path]]:
-    """One trace, saved in both dtypes; no packed linear may be read for it."""
+    """One trace, saved in every dtype; no packed linear may be read for it."""
     checkpoint = decoders.checkpoint()
 
     def fail(*_: object) -> PackedWeight:
@@ -35,10 +38,10 @@ def graphs() -> Iterator[dict[str, Path]]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(QuantCheckpoint, "packed", fail)
             traced = vision_graph(checkpoint, family=decoders.FAMILY, profile=OPSET23)
-        paths = {dtype: Path(folder) / f"{dtype}.onnx" for dtype in ("fp32", "fp16")}
+        paths = {dtype: Path(folder) / f"{dtype}.onnx" for dtype in DTYPES}
         save_graph(traced, paths["fp32"])
-        halve(traced)
-        save_graph(traced, paths["fp16"])
+        for dtype in ("fp16", "bf16"):
+            save_graph(halved(traced, dtype), paths[dtype])
         yield paths
 
 
@@ -58,7 +61,19 @@ def test_features_are_those_of_torch(
     assert relative_error(found, wanted) <= limit
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_bfloat16_is_rounded_once_and_from_fp32(graphs: dict[str, Path]) -> None:
+    """Not from what fp16 left over: the copies share no constants."""
+    wide, narrow = (
+        {each.name: each for each in onnx.load(graphs[dtype]).graph.initializer}
+        for dtype in ("fp32", "bf16")
+    )
+    name = next(name for name in wide if name.endswith("q_proj.MatMul.weight"))
+    rounded = onnx.numpy_helper.to_array(wide[name]).astype(ml_dtypes.bfloat16)
+    assert narrow[name].data_type == onnx.TensorProto.BFLOAT16
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(narrow[name]), rounded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_graph_passes_the_validator_and_tells_no_place(dtype: str, graphs: dict[str, Path]) -> None:
     check_graph(graphs[dtype])
     content = graphs[dtype].read_bytes()
@@ -82,4 +97,4 @@ def test_a_tower_of_mixed_precision_is_not_halved() -> None:
     x = g.input("x", [2])
     cast = g.op("Cast", [x], g.value("y", [2]), to=ir.DataType.FLOAT)
     with pytest.raises(FormatError, match="cannot be written in fp16: y chooses a type of its own"):
-        halve(g.model("mixed", [cast]))
+        halved(g.model("mixed", [cast]), "fp16")

@@ -169,4 +169,6 @@ class _Rewrite:
         return self.constant(weights.unsigned_zeros_tensor(f"{self.name}.zeros_uint4", self.source))
 
 
-LOWERING: Final = Lowering(name="qdq", keeps_functions=False, supports=supports, lower=lower)
+LOWERING: Final = Lowering(
+    name="qdq", dtypes=("fp32", "fp16"), keeps_functions=False, supports=supports, lower=lower
+)

@@ -48,4 +48,10 @@ def lower(model: ir.Model, target: str) -> None:
         model.functions[body.identifier()] = body
 
 
-LOWERING: Final = Lowering(name="reference", keeps_functions=True, supports=supports, lower=lower)
+LOWERING: Final = Lowering(
+    name="reference",
+    dtypes=("fp32", "fp16"),
+    keeps_functions=True,
+    supports=supports,
+    lower=lower,
+)

@@ -19,7 +19,14 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
-from mbq_export.export.graph import add_constant, dims_of, packed_node, packed_nodes, packed_source
+from mbq_export.export.graph import (
+    add_constant,
+    bias_addition,
+    dims_of,
+    packed_node,
+    packed_nodes,
+    packed_source,
+)
 from mbq_export.export.passes.base import Pass
 from mbq_export.export.weights import PackedSource, StreamedTensor
 
@@ -61,7 +68,7 @@ def fuse(model: ir.Model) -> list[str]:
     for nodes in groups.values():
         if len(nodes) < 2:
             continue
-        branches = [_branch(node) for node in nodes]
+        branches = [_Branch(node=node, add=bias_addition(node)) for node in nodes]
         reason = _obstacle(branches)
         if reason is None:
             _rewrite(model.graph, branches)
@@ -82,14 +89,6 @@ def _obstacle(branches: list[_Branch]) -> str | None:
         if source.n % TILE_ROWS:
             return f"{branch.node.name} has a number of rows that is no multiple of {TILE_ROWS}"
     return None
-
-
-def _branch(node: ir.Node) -> _Branch:
-    users = [use.node for use in node.outputs[0].uses()]
-    added = (
-        len(users) == 1 and users[0].op_type == "Add" and str(users[0].name).endswith(".add_bias")
-    )
-    return _Branch(node=node, add=users[0] if added else None)
 
 
 def _rewrite(graph: ir.Graph, branches: list[_Branch]) -> None:
