@@ -5,7 +5,7 @@
 Not the oracle, which is the model's own code on dequantized weights (`torch.fake_quant_model`). On a CPU the
 operators compute in float32 by the schemes' oracles: slow, and for checking. On a GPU they are the kernels.
 
-The engine keeps keys and values to itself; a call whose first position is 0 begins a new sequence.
+The engine keeps keys and values of one sequence to itself; a call whose first position is 0 begins a new one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mbq_export.backends.base import TensorSpec
 from mbq_export.backends.torch import BATCH, FLOAT, SEQUENCE, TorchEngine
-from mbq_export.errors import FormatError, InternalError, MachineError, UsageError
+from mbq_export.errors import InternalError, MachineError, UsageError
 from mbq_export.families import FAMILIES
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.layouts.tiles import fused, reason_to_keep_apart, tile
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mbq_export.checkpoint import QuantCheckpoint
-    from mbq_export.families.base import TextShape
     from mbq_export.schemes.base import PackedWeight
     from mbq_export.schemes.layouts.tiles import RowOrder
 
@@ -103,9 +102,10 @@ def open_kernel_decoder(
         inputs=(
             TensorSpec(name="inputs_embeds", dtype=FLOAT, shape=(BATCH, SEQUENCE, text.hidden)),
             TensorSpec(name="position_ids", dtype="int64", shape=(BATCH, SEQUENCE)),
+            TensorSpec(name="sequence", dtype="int64", shape=(1,)),
         ),
         outputs=(TensorSpec(name="logits", dtype=FLOAT, shape=(BATCH, 1, text.vocab)),),
-        act=lambda feeds: (_read(decoder, feeds),),
+        act=_OneSequence(decoder),
     )
 
 
@@ -193,36 +193,31 @@ class _Source:
         return device_weight(tiled, dtype=self.dtype, device=self.device)
 
 
-def _read(decoder: Decoder, feeds: Mapping[str, Tensor]) -> Tensor:
-    """Read new positions; (1, 1, V) logits of the last."""
-    embeds, positions = feeds["inputs_embeds"], feeds["position_ids"]
-    start, count = int(positions[0, 0]), positions.shape[1]
-    if start == 0:
-        decoder.reset()
-    if len(embeds) != 1 or embeds.shape[1] != count or start != decoder.length:
-        raise InternalError(
-            "E9001",
-            f"The decoder was asked for {embeds.shape[1]} positions from {start} on; "
-            f"its cache holds {decoder.length}.",
-            why="it reads one sequence from its start, without gaps",
-        )
-    rows = embeds[0].to(decoder.device, decoder.dtype)
-    logits = decoder.decode_step(rows) if count == 1 else decoder.prefill(rows)
-    # A copy: the decoder writes the next logits to the same place.
-    return logits.clone()[None, None]
+class _OneSequence:
+    """Reads one sequence at a time, in order and without gaps."""
 
+    def __init__(self, decoder: Decoder) -> None:
+        """Begin with an empty cache."""
+        self._decoder = decoder
+        self._number = 0
 
-def _check_kind(text: TextShape) -> None:
-    odd = {
-        f"positions of kind {text.rope}": text.rope != "1d",
-        "norms of q and k": text.qk_norm,
-        f"activation {text.activation}": text.activation != "silu",
-    }
-    found = [what for what, is_so in odd.items() if is_so]
-    if found:
-        raise FormatError(
-            "E4005",
-            f"The decoder has {' and '.join(found)}.",
-            why="the torch backend runs rotary positions of one axis, silu and no norms of q and k",
-            fix="--backend oracle",
-        )
+    def __call__(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor]:
+        """Read new positions; (1, 1, V) logits of the last."""
+        decoder, embeds = self._decoder, feeds["inputs_embeds"]
+        start, count = int(feeds["position_ids"][0, 0]), feeds["position_ids"].shape[1]
+        number = int(feeds["sequence"])
+        if start == 0:
+            decoder.reset()
+            self._number = number
+        whole = len(embeds) == 1 and embeds.shape[1] == count
+        if not whole or (number, start) != (self._number, decoder.length):
+            raise InternalError(
+                "E9001",
+                f"The decoder was asked for {embeds.shape[1]} positions of sequence {number} from {start} on; "
+                f"its cache holds {decoder.length} of sequence {self._number}.",
+                why="it reads one sequence from its start, without gaps",
+            )
+        rows = embeds[0].to(decoder.device, decoder.dtype)
+        logits = decoder.decode_step(rows) if count == 1 else decoder.prefill(rows)
+        # A copy: the decoder writes the next logits to the same place.
+        return (logits.clone()[None, None],)

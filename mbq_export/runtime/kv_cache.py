@@ -2,13 +2,14 @@
 
     concat   past (1, H, P, D) + T new tokens  ──►  present (1, H, P + T, D)   grows
     static   past (1, H, C, D), write at P     ──►  present (1, H, C, D)       C slots from the start
-    kept     embeddings, positions             ──►  logits                     inside the decoder
+    kept     embeddings, positions, sequence   ──►  logits                     inside the decoder
 
 Which of them a decoder wants is read off its inputs: only static ones take indices to write at, and one that
-keeps its cache takes nothing but embeddings and positions. All give the same logits (EXPORT.md 4.3). Keys are
+keeps its cache takes nothing but embeddings, positions and the number of the sequence they continue. All give the same logits (EXPORT.md 4.3). Keys are
 stored after their rotation.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -19,9 +20,11 @@ from mbq_export.backends.base import Engine, TensorSpec
 from mbq_export.errors import FormatError, UsageError
 
 FIRST_INPUTS: Final = 3
-KEPT_INPUTS: Final = 2
-"""Embeddings and positions are all that a decoder takes which keeps its cache."""
+KEPT_INPUTS: Final = 3
+"""Embeddings, positions and the sequence's number are all that a decoder takes which keeps its cache."""
 CACHE_RANK: Final = 4
+SEQUENCES: Final = itertools.count(1)
+"""Numbers of sequences, so that a decoder that keeps its cache never continues one with another's tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,7 @@ class DecoderPorts:
         mask: (1, positions) int64, 1 where a key exists; None if the decoder keeps its cache.
         positions: (1, T) int64.
         write_indices: (1,) int64, the first free slot; None in concat mode.
+        sequence: (1,) int64, which sequence the tokens continue; None if the cache is fed.
         past: Cache inputs; none if the decoder keeps its cache.
         logits: (1, T or 1, V).
         present: Cache outputs, in the order of ``past``.
@@ -45,6 +49,7 @@ class DecoderPorts:
     mask: TensorSpec | None
     positions: TensorSpec
     write_indices: TensorSpec | None
+    sequence: TensorSpec | None
     past: tuple[TensorSpec, ...]
     logits: TensorSpec
     present: tuple[TensorSpec, ...]
@@ -57,12 +62,13 @@ class DecoderPorts:
             FormatError: E4413 if they are not a decoder's.
         """
         inputs, outputs = decoder.inputs, decoder.outputs
-        if (len(inputs), len(outputs)) == (KEPT_INPUTS, 1):
+        if (len(inputs), len(outputs)) == (KEPT_INPUTS, 1) and inputs[-1].shape == (1,):
             return cls(
                 embeds=inputs[0],
                 mask=None,
                 positions=inputs[1],
                 write_indices=None,
+                sequence=inputs[2],
                 past=(),
                 logits=outputs[0],
                 present=(),
@@ -89,6 +95,7 @@ class DecoderPorts:
             mask=mask,
             positions=positions,
             write_indices=indices[0] if indices else None,
+            sequence=None,
             past=past,
             logits=outputs[0],
             present=outputs[1:],
@@ -104,12 +111,14 @@ class KvCache:
         limit: Positions the model may use in all.
         length: Positions filled so far, P.
         tensors: One per cache input, (1, H, P, D) or (1, H, C, D).
+        number: Of the sequence.
     """
 
     ports: DecoderPorts
     limit: int
     length: int = 0
     tensors: tuple[NDArray[Any], ...] = field(default=())
+    number: int = field(default_factory=SEQUENCES.__next__)
 
     def __post_init__(self) -> None:
         """Make the tensors of an empty cache; a static one cannot hold more than its slots."""
@@ -151,6 +160,8 @@ class KvCache:
             feeds[self.ports.mask.name] = mask
         if self.ports.write_indices is not None:
             feeds[self.ports.write_indices.name] = np.array([self.length], np.int64)
+        if self.ports.sequence is not None:
+            feeds[self.ports.sequence.name] = np.array([self.number], np.int64)
         for spec, tensor in zip(self.ports.past, self.tensors, strict=True):
             feeds[spec.name] = tensor
         return feeds

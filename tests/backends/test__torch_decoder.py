@@ -34,6 +34,7 @@ FEW, ALL = 4, 20
 SEED = 13
 NEW_TOKENS = 12
 CPU = torch.device("cpu")
+FIRST = np.array([1])
 FLOAT32_RELATIVE = 1e-5
 """Two orders of summation in float32 through two blocks."""
 
@@ -124,7 +125,7 @@ def test_logits_are_the_oracle_s_in_every_format(
     with torch.no_grad():
         wanted = model.module(input_ids=ids[None], use_cache=False).logits[0, -1].numpy()
         embeds = model.module.get_submodule(model.family.embed)(ids[None]).numpy()
-    feeds = {"inputs_embeds": embeds, "position_ids": np.arange(20)[None]}
+    feeds = {"inputs_embeds": embeds, "position_ids": np.arange(20)[None], "sequence": FIRST}
     logits = engine(found).run(feeds)["logits"][0, 0]
     assert np.linalg.norm(logits - wanted) <= FLOAT32_RELATIVE * np.linalg.norm(wanted)
 
@@ -147,15 +148,21 @@ def test_linears_that_are_not_quantized_stay_plain(tmp_path: Path) -> None:
 def test_calls_read_one_sequence_without_gaps(tmp_path: Path) -> None:
     decoder = engine(tiny(tmp_path))
 
-    def read(start: int, count: int) -> np.ndarray:
+    def read(start: int, count: int, sequence: int = 1) -> np.ndarray:
         rows = np.random.default_rng(start).standard_normal((1, count, 128)).astype(np.float32)
-        positions = np.arange(start, start + count)[None]
-        return decoder.run({"inputs_embeds": rows, "position_ids": positions})["logits"]
+        feeds = {
+            "inputs_embeds": rows,
+            "position_ids": np.arange(start, start + count)[None],
+            "sequence": np.array([sequence]),
+        }
+        return decoder.run(feeds)["logits"]
 
     first = read(0, 5)
     assert first.shape == (1, 1, 64)
     with pytest.raises(InternalError, match=r"its cache holds 5"):
         read(4, 1)
+    with pytest.raises(InternalError, match=r"of sequence 2 from 5 on"):
+        read(5, 1, sequence=2)
     read(5, 1)
     np.testing.assert_array_equal(read(0, 5), first)
 
@@ -167,6 +174,7 @@ def test_a_cache_that_is_full_is_refused(tmp_path: Path) -> None:
             {
                 "inputs_embeds": np.zeros((1, 65, 128), np.float32),
                 "position_ids": np.arange(65)[None],
+                "sequence": FIRST,
             }
         )
     assert caught.value.code == "E2009"

@@ -105,13 +105,19 @@ def test_only_the_filled_part_of_a_static_cache_counts_as_read() -> None:
     assert static.filled_bytes == 4 * (2 * 2 * 4) * 4
 
 
-def test_a_decoder_that_keeps_its_cache_takes_embeddings_and_positions_alone() -> None:
+def test_a_decoder_that_keeps_its_cache_is_told_the_sequence_it_continues() -> None:
     whole = decoder()
-    kept = Ports(inputs=(whole.inputs[0], whole.inputs[2]), outputs=whole.outputs[:1])
-    inside = cache(kept, limit=4)
+    sequence = TensorSpec(name="sequence", dtype="int64", shape=(1,))
+    kept = Ports(inputs=(whole.inputs[0], whole.inputs[2], sequence), outputs=whole.outputs[:1])
+    inside, other = cache(kept, limit=4), cache(kept, limit=4)
+    numbers = [
+        c.feeds(np.zeros((1, 1, 8), np.float32))["sequence"].tolist() for c in (inside, other)
+    ]
+    assert numbers[0] != numbers[1]
     assert not inside.static
     assert (inside.slots, inside.filled_bytes) == (4, 0)
-    assert inside.feeds(np.zeros((1, 3, 8), np.float32)).keys() == {"inputs_embeds", "position_ids"}
+    fed = inside.feeds(np.zeros((1, 3, 8), np.float32))
+    assert fed.keys() == {"inputs_embeds", "position_ids", "sequence"}
     inside.take({}, 3)
     assert inside.feeds(np.zeros((1, 1, 8), np.float32))["position_ids"].tolist() == [[3]]
     with pytest.raises(UsageError, match=r"allows 4"):
