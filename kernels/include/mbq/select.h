@@ -36,7 +36,7 @@ inline bool find_config(int id, MbqConfig *out) {
 
 constexpr int32_t kLargestSize = 1 << 27;     // rows, columns, tokens: products stay within 64 bits, tiles within 32
 constexpr size_t kLargestPartials = 16u << 20; // scratch for parts of K; more never pays
-constexpr int kLargestSplitRows = 64;          // nor does splitting K for more tokens
+constexpr int kLargestSplitRows = 512;         // nor does splitting K for more tokens
 
 // Group sizes are powers of two, and layout.h gives a scheme's as one sum of them.
 inline int group_refusal(const MbqLinear &l) {
