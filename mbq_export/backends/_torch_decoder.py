@@ -221,3 +221,19 @@ class _OneSequence:
         logits = decoder.decode_step(rows) if count == 1 else decoder.prefill(rows)
         # A copy: the decoder writes the next logits to the same place.
         return (logits.clone()[None, None],)
+
+
+def _check_kind(text: TextShape) -> None:
+    odd = {
+        f"positions of kind {text.rope}": text.rope != "1d",
+        "norms of q and k": text.qk_norm,
+        f"activation {text.activation}": text.activation != "silu",
+    }
+    found = [what for what, is_so in odd.items() if is_so]
+    if found:
+        raise FormatError(
+            "E4005",
+            f"The decoder has {' and '.join(found)}.",
+            why="the torch backend runs rotary positions of one axis, silu and no norms of q and k",
+            fix="--backend oracle",
+        )
