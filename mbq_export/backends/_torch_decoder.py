@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mbq_export.backends.base import TensorSpec
 from mbq_export.backends.torch import BATCH, FLOAT, SEQUENCE, TorchEngine
-from mbq_export.errors import InternalError, MachineError, UsageError
+from mbq_export.errors import FormatError, InternalError, MachineError, UsageError
 from mbq_export.families import FAMILIES
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.layouts.tiles import fused, reason_to_keep_apart, tile
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mbq_export.checkpoint import QuantCheckpoint
+    from mbq_export.families.base import TextShape
     from mbq_export.schemes.base import PackedWeight
     from mbq_export.schemes.layouts.tiles import RowOrder
 
