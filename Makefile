@@ -46,7 +46,9 @@ test-slow: setup
 
 # On a machine with a GPU a skipped test is a failure.
 test-gpu: setup
+	$(BIN)/python kernels/build.py
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/mbq-export bench --kernels --suite full -o docs/benchmarks
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,5 +1,7 @@
 """One tiny model and one bundle of it for all tests that need any, made when first asked for."""
 
+import functools
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,29 @@ def bundle(built: tuple[Path, Outcome]) -> Path:
     folder, outcome = built
     assert outcome.status == 0, outcome.err
     return folder
+
+
+@functools.cache
+def has_gpu() -> bool:
+    """Whether torch can use a GPU here."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test that needs a GPU is skipped where there is none, and says so."""
+    if item.get_closest_marker("gpu") and not has_gpu():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """On a machine with a GPU a skipped GPU test is a failure: nobody would run it anywhere else."""
+    report = yield
+    if report.skipped and item.get_closest_marker("gpu") and has_gpu():
+        report.outcome = "failed"
+        report.longrepr = f"a GPU is here, yet the test was skipped: {report.longrepr}"
+    return report
