@@ -1,0 +1,53 @@
+# Find NvInferRuntime.h and its version. First hit wins; nothing is downloaded.
+#
+#   1  TENSORRT_INCLUDE_DIR    2  TENSORRT_ROOT/include    3  the system
+#   4  the Python package kernel_lens, with MBQ_ALLOW_WHEEL_HEADERS=ON only
+
+# What NV_TENSORRT_MAJOR and its kin say: a number, or the name of a macro that does (10.16 and 11).
+function(mbq_version_part text name out)
+  set(value ${name})
+  foreach(step RANGE 3)
+    if(NOT value MATCHES "^[0-9]+$" AND text MATCHES "#define ${value}[ \t]+([A-Za-z0-9_]+)")
+      set(value ${CMAKE_MATCH_1})
+    endif()
+  endforeach()
+  set(${out} ${value} PARENT_SCOPE)
+endfunction()
+
+function(mbq_find_tensorrt_headers out_folder out_version)
+  set(places)
+  foreach(named "${TENSORRT_INCLUDE_DIR}" "$ENV{TENSORRT_INCLUDE_DIR}")
+    if(named)
+      list(APPEND places "${named}")
+    endif()
+  endforeach()
+  foreach(root "${TENSORRT_ROOT}" "$ENV{TENSORRT_ROOT}")
+    if(root)
+      list(APPEND places "${root}/include")
+    endif()
+  endforeach()
+  list(APPEND places /usr/include/${CMAKE_SYSTEM_PROCESSOR}-linux-gnu /usr/include /usr/local/tensorrt/include)
+  if(MBQ_ALLOW_WHEEL_HEADERS)
+    find_package(Python3 COMPONENTS Interpreter QUIET)
+    set(ask "import importlib.util as u; s = u.find_spec('kernel_lens'); print(s.submodule_search_locations[0] if s else '')")
+    execute_process(COMMAND ${Python3_EXECUTABLE} -c "${ask}" OUTPUT_VARIABLE wheel OUTPUT_STRIP_TRAILING_WHITESPACE)
+    if(wheel)
+      list(APPEND places "${wheel}/include/tensorrt")
+    endif()
+  endif()
+  foreach(place IN LISTS places)
+    if(EXISTS "${place}/NvInferRuntime.h" AND EXISTS "${place}/NvInferVersion.h")
+      file(READ "${place}/NvInferVersion.h" text)
+      foreach(part MAJOR MINOR PATCH)
+        mbq_version_part("${text}" NV_TENSORRT_${part} ${part})
+      endforeach()
+      set(${out_folder} "${place}" PARENT_SCOPE)
+      set(${out_version} "${MAJOR}.${MINOR}.${PATCH}" PARENT_SCOPE)
+      return()
+    endif()
+  endforeach()
+  list(JOIN places ", " searched)
+  message(FATAL_ERROR "NvInferRuntime.h was not found. Searched: ${searched}. "
+    "Install TensorRT's headers (Jetson and Ubuntu: apt-get install libnvinfer-headers-dev), or name their folder: "
+    "-DTENSORRT_INCLUDE_DIR=DIR, or TENSORRT_ROOT.")
+endfunction()
