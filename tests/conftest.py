@@ -1,6 +1,7 @@
 """One tiny model and one bundle of it for all tests that need any, made when first asked for."""
 
 import functools
+import importlib
 from collections.abc import Generator
 from pathlib import Path
 
@@ -40,9 +41,7 @@ def bundle(built: tuple[Path, Outcome]) -> Path:
 @functools.cache
 def has_gpu() -> bool:
     """Whether torch can use a GPU here."""
-    import torch
-
-    return torch.cuda.is_available()
+    return importlib.import_module("torch").cuda.is_available()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
