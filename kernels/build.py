@@ -27,7 +27,7 @@ from mbq_export.errors import BuildError, MachineError, MbqError
 
 USUAL_SMS: Final = (80, 86, 87, 89, 90, 110, 120)
 COMPILE_SECONDS: Final = 1200.0
-INCLUDES: Final = ("include", "src", "emulation")
+INCLUDES: Final = ("include", "src")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +49,11 @@ class Plan:
     defines: tuple[str, ...] = ()
     define_in: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where headers are looked for."""
+        return [HERE / name for name in (*INCLUDES, *(["emulation"] if self.emulated else []))]
 
     @property
     def compiler(self) -> str:
@@ -79,7 +84,7 @@ class Plan:
         """Flags that one source is compiled with."""
         macros = self.defines if not self.define_in or unit.stem in self.define_in else ()
         common = ["-std=c++17", "-O2", *(f"-D{name}" for name in macros), *self.extra]
-        common += [f"-I{HERE / folder}" for folder in INCLUDES]
+        common += [f"-I{folder}" for folder in self.folders]
         if self.emulated:
             # No contraction: the emulation rounds where the device rounds.
             return [
@@ -131,8 +136,8 @@ def compiled(
     objects.mkdir(parents=True, exist_ok=True)
     headers = sorted(
         path
-        for folder in INCLUDES
-        for path in (HERE / folder).rglob("*")
+        for folder in plan.folders
+        for path in folder.rglob("*")
         if path.suffix in {".h", ".cuh", ".inc"}
     )
     shared = _hash(headers, [])
