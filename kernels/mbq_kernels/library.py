@@ -269,7 +269,7 @@ class KernelLibrary:
         for index in range(self.cdll.mbq_config_count()):
             struct = ConfigStruct()
             self.cdll.mbq_config(index, ctypes.byref(struct))
-            found.append({name: int(getattr(struct, name)) for name, _ in ConfigStruct._fields_})
+            found.append({name: int(getattr(struct, name)) for name, *_ in ConfigStruct._fields_})
         return found
 
     def quant_act(
