@@ -1,12 +1,15 @@
 """Stage 3 alone: a checkpoint becomes ONNX graphs."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from mbq_export.commands import options
 from mbq_export.commands.console import Console
+
+AUTO: Final = "auto"
 
 
 def command(
@@ -16,14 +19,22 @@ def command(
     ],
     out: options.Out,
     lowering: Annotated[
-        str, typer.Option("--lowering", help="qdq, reference, or both with a comma.")
-    ] = "qdq",
+        str,
+        typer.Option(
+            "--lowering",
+            help="qdq, reference or plugin, several with a comma; auto: plugin for trt, else qdq.",
+        ),
+    ] = "auto",
     runtime: Annotated[
         str, typer.Option("--runtime", help="ort, or trt for any flavour of TensorRT.")
     ] = "ort",
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="fp32 or fp16. Default: fp16 for trt.", show_default=False),
+        typer.Option(
+            "--dtype",
+            help="fp32 or fp16; bf16 for plugins. Default: fp16 for trt, else fp32.",
+            show_default=False,
+        ),
     ] = None,
     kv: Annotated[
         str | None,
@@ -41,32 +52,36 @@ def command(
 ) -> None:
     """Write vision, embedding and decoder graphs.
 
-    mbq-export export out/weights --lowering reference,qdq -o graphs
+    mbq-export export out/weights --lowering plugin,qdq --runtime trt -o graphs
     """
     from mbq_export.checkpoint import QuantCheckpoint
-    from mbq_export.export import GraphForm, export
+    from mbq_export.export import PREFERRED, GraphForm, export, fitting_lowering
     from mbq_export.export.record import RECORD
     from mbq_export.families.locate import family_of
     from mbq_export.writing import refuse_existing, refuse_inside, staging
 
     console: Console = context.obj
     for_trt = runtime == "trt"
-    forms = tuple(
-        GraphForm(
-            lowering=name,
-            target=runtime,
-            dtype=dtype or ("fp16" if for_trt else "fp32"),
-            kv=kv or ("static" if for_trt else "concat"),
-            logits=logits,
-            max_context=max_context,
-            op_level=op_level,
-        )
-        for name in lowering.split(",")
+    form = GraphForm(
+        target=runtime,
+        dtype=dtype or ("fp16" if for_trt else "fp32"),
+        kv=kv or ("static" if for_trt else "concat"),
+        logits=logits,
+        max_context=max_context,
+        op_level=op_level,
     )
     refuse_inside(out, checkpoint)
     options.refuse_unfinished(out)
     opened = QuantCheckpoint.open(checkpoint)
     refuse_existing(out, record=RECORD, force=force)
+    best = fitting_lowering(
+        PREFERRED[runtime],
+        scheme=opened.scheme_name,
+        group_size=opened.group_size,
+        target=runtime,
+    )
+    names = [best if name == AUTO else name for name in lowering.split(",")]
+    forms = tuple(replace(form, lowering=name) for name in names)
     with staging(out), console.progress("export") as progress:
         record = export(
             opened,
@@ -77,8 +92,14 @@ def command(
             progress=progress,
         )
     rows = [
-        (graph.file, sum(graph.nodes.values()), graph.opset, graph.weight_bytes)
+        (
+            graph.file,
+            sum(graph.nodes.values()),
+            graph.opset,
+            graph.weight_bytes,
+            sum(map(len, graph.plugin_layers.values())),
+        )
         for graph in record.graphs
     ]
-    console.table(("graph", "nodes", "opset", "weight bytes"), rows)
+    console.table(("graph", "nodes", "opset", "weight bytes", "plugins"), rows)
     console.finish(record.as_json(), what=f"{out}  {len(record.graphs)} graphs")

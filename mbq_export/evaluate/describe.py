@@ -3,63 +3,33 @@
 folder with manifest.json     bundle
 folder with mbq.json          quantized checkpoint
 folder with calib.json        calibration result
+folder with mbq_export.json   graphs as export writes them
 folder with config.json       model as transformers saves it
 *.safetensors                 tensors
 *.onnx                        graph
 """
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from mbq_export.backends._tensorrt import ENGINE_RECORD, LAYER_RECORD
 from mbq_export.bundle import MANIFEST, Bundle, unlisted_files
 from mbq_export.channel_scales import ChannelScales
 from mbq_export.checkpoint import CHECKPOINT_FILE, QuantCheckpoint
 from mbq_export.errors import FormatError
+from mbq_export.evaluate.describe_graphs import (
+    LARGEST_PROTO_BYTES,
+    describe_graph,
+    describe_graphs,
+    graph_table,
+)
+from mbq_export.evaluate.description import Description, Table
 from mbq_export.families.locate import family_of, read_config
 from mbq_export.progress import Progress, silent
 from mbq_export.reading import read_json, safetensors_header
-
-LARGEST_PROTO_BYTES: Final = 100 << 20
-"""Graphs of ours keep weights outside; a larger file is not read whole to look at it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """One table of a description."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: list[tuple[Any, ...]]
-
-    def as_json(self) -> list[dict[str, Any]]:
-        """One object per row."""
-        return [dict(zip(self.header, row, strict=True)) for row in self.rows]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Description:
-    """What was found.
-
-    Attributes:
-        kind: Bundle, checkpoint, calibration, model, tensors or graph.
-        facts: Single values, in reading order.
-        tables: Longer lists.
-    """
-
-    kind: str
-    facts: dict[str, Any]
-    tables: list[Table] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """Form of the JSON document."""
-        return {
-            "kind": self.kind,
-            "facts": self.facts,
-            **{table.title.replace(" ", "_"): table.as_json() for table in self.tables},
-        }
+from mbq_export.runtime import RECORD
 
 
 class _Reader(Protocol):
@@ -88,7 +58,7 @@ def describe(
     elif path.suffix == ".safetensors" and path.is_file():
         return _tensors(path)
     elif path.suffix == ".onnx" and path.is_file():
-        return _graph(path)
+        return describe_graph(path)
     reason = "does not exist" if not path.exists() else "is nothing that can be described"
     raise FormatError(
         "E4006",
@@ -131,7 +101,15 @@ def _bundle(path: Path, *, verify: bool, progress: Progress) -> Description:
             rows=[(r["path"], r["bytes"], r["sha256"][:16]) for r in files],
         ),
     ]
-    return Description(kind="bundle", facts=facts, tables=tables + _engines(bundle))
+    return Description(
+        kind="bundle", facts=facts, tables=[*graph_table(bundle.onnx), *tables, *_engines(bundle)]
+    )
+
+
+def _graphs(path: Path, *, verify: bool, progress: Progress) -> Description:
+    del verify
+    progress(1, 1, RECORD)
+    return describe_graphs(path)
 
 
 def _engines(bundle: Bundle) -> list[Table]:
@@ -256,68 +234,9 @@ def _tensors(path: Path) -> Description:
     )
 
 
-def _graph(path: Path) -> Description:
-    import onnx  # noqa: PLC0415 (only this kind needs it)
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # noqa: PLC0415
-
-    size = path.stat().st_size
-    if not 0 < size <= LARGEST_PROTO_BYTES:
-        raise FormatError(
-            "E4404",
-            f"{path.name} has {size} bytes.",
-            why=f"a graph has 1 to {LARGEST_PROTO_BYTES} bytes, its weights lie outside",
-            fix="export the graph again",
-        )
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        raise FormatError(
-            "E4404",
-            f"{path.name} is no ONNX file; it starts with {path.read_bytes()[:16]!r}.",
-            why="a protobuf message was expected",
-            fix="export the graph again",
-        ) from error
-    operators = Counter(
-        f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-        for node in model.graph.node
-    )
-    facts = {
-        "producer": model.producer_name,
-        "ir version": model.ir_version,
-        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
-        "nodes": len(model.graph.node),
-        "functions": [function.name for function in model.functions],
-        "initializers": len(model.graph.initializer),
-    }
-    ports = [
-        (
-            kind,
-            value.name,
-            onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type),
-            _dims(value),
-        )
-        for kind, values in (("input", model.graph.input), ("output", model.graph.output))
-        for value in values
-    ]
-    return Description(
-        kind="graph",
-        facts=facts,
-        tables=[
-            Table(title="operators", header=("operator", "count"), rows=sorted(operators.items())),
-            Table(
-                title="inputs and outputs", header=("kind", "name", "dtype", "shape"), rows=ports
-            ),
-        ],
-    )
-
-
-def _dims(value: Any) -> str:
-    dims = value.type.tensor_type.shape.dim
-    return "[" + ", ".join(dim.dim_param or str(dim.dim_value) for dim in dims) + "]"
-
-
 _FOLDERS: Final[dict[str, _Reader]] = {
     MANIFEST: _bundle,
+    RECORD: _graphs,
     CHECKPOINT_FILE: _checkpoint,
     "calib.json": _calibration,
     "config.json": _model,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import accumulate
@@ -61,9 +62,22 @@ if TYPE_CHECKING:
     from mbq_export.checkpoint import QuantCheckpoint
     from mbq_export.families.base import ModelFamily
 
-__all__ = ["ExportRecord", "GraphForm", "Limits", "check_graph", "export"]
+__all__ = [
+    "PREFERRED",
+    "ExportRecord",
+    "GraphForm",
+    "Limits",
+    "check_graph",
+    "export",
+    "fitting_lowering",
+]
 
 logger = logging.getLogger(__name__)
+
+PREFERRED: Final = {"ort": ("qdq", "reference"), "trt": ("plugin", "qdq")}
+"""Lowerings by target, best first."""
+UNQUANTIZED: Final = "qdq"
+"""Lowering of a model without quantized linears, whose graph has standard operators only."""
 
 PACKAGES: Final = ("numpy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
 """Traced graphs have the same bytes only for the same versions of these."""
@@ -125,6 +139,30 @@ def export(
     write_file(staged / RECORD, json_bytes(result.as_json()))
     publish(staged, out)
     return result
+
+
+def fitting_lowering(names: tuple[str, ...], *, scheme: str, group_size: int, target: str) -> str:
+    """The first of some lowerings that holds a number format for a target.
+
+    Args:
+        names: Best first, `PREFERRED` of the target or what a backend reads; not empty.
+        scheme: Name of the number format; the unquantized baseline fits standard operators only.
+        group_size: Columns that share a scale.
+        target: ``ort`` or ``trt``.
+
+    Returns:
+        The last name if none fits: `check_forms` says why.
+    """
+    for name in names:
+        lowering = LOWERINGS[name]
+        if scheme == KEPT:
+            if name == UNQUANTIZED:
+                return name
+        elif lowering.supports(SCHEMES[scheme], target) is None:
+            with suppress(UsageError):
+                lowering.check_group(SCHEMES[scheme], group_size)
+                return name
+    return names[-1]
 
 
 def check_forms(checkpoint: QuantCheckpoint, forms: tuple[GraphForm, ...], *, longest: int) -> None:

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from mbq_export.checkpoint import QuantCheckpoint
+from mbq_export.export import ExportRecord
+from mbq_export.export.untiled import check_same_weights
 from tests.command_line import run, tell
 
 
@@ -13,7 +16,7 @@ def graphs(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     outcome = tell("export", bundle / "weights", "-o", out)
     assert outcome.status == 0, outcome.err
     lines = outcome.out.splitlines()
-    assert lines[0].split() == ["graph", "nodes", "opset", "weight", "bytes"]
+    assert lines[0].split() == ["graph", "nodes", "opset", "weight", "bytes", "plugins"]
     assert lines[-1] == f"OK  export  {out}  3 graphs"
     return out
 
@@ -39,11 +42,23 @@ def test_finished_graphs_are_replaced_only_when_asked(graphs: Path, bundle: Path
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
-        (["--lowering", "plugin"], "E2001", "Unknown lowering 'plugin'."),
+        (["--lowering", "woven"], "E2001", "Unknown lowering 'woven'."),
+        (["--lowering", "plugin"], "E2002", "ONNX Runtime has no plugins, only TensorRT."),
+        (
+            ["--runtime", "trt", "--lowering", "qdq", "--dtype", "bf16"],
+            "E2002",
+            "Lowering qdq is not written in bf16.",
+        ),
+        (
+            ["--runtime", "trt", "--lowering", "plugin,auto"],
+            "E2002",
+            "Two graphs would have the same file name",
+        ),
         (["--lowering", "qdq,qdq"], "E2002", "Two graphs would have the same file name"),
         (["--runtime", "tvm"], "E2001", "Unknown target 'tvm'."),
         (["--runtime", "trt", "--dtype", "fp32"], "E2002", "A graph for TensorRT cannot be fp32."),
-        (["--dtype", "bf16"], "E2001", "Unknown dtype 'bf16'."),
+        (["--dtype", "bf16"], "E2002", "Lowering qdq is not written in bf16."),
+        (["--dtype", "int8"], "E2001", "Unknown dtype 'int8'."),
         (["--kv", "paged"], "E2001", "Unknown kv 'paged'."),
         (["--logits", "none"], "E2001", "Unknown logits 'none'."),
         (["--op-level", "opset20"], "E2002", "Graphs of op level opset20 are not written yet."),
@@ -72,3 +87,53 @@ def test_graphs_do_not_go_into_the_checkpoint(bundle: Path) -> None:
     assert outcome.status == 2
     assert "lies in" in outcome.err.splitlines()[-1]
     assert not (bundle / "weights" / "graphs").exists()
+
+
+@pytest.fixture(scope="module")
+def plugins(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Graphs for TensorRT in every form but the reference."""
+    out = tmp_path_factory.mktemp("plugins") / "graphs"
+    line = ["--lowering", "auto,qdq", "--runtime", "trt", "--logits", "last"]
+    outcome = tell("export", bundle / "weights", *line, "-o", out)
+    assert outcome.status == 0, outcome.err
+    return out
+
+
+def test_plugins_come_first_for_tensorrt_and_are_all_named(plugins: Path) -> None:
+    record = ExportRecord.read(plugins)
+    graph = record.graph("decoder_model_merged_plugin_fp16.onnx")
+    layers = {linear.node for linear in graph.linears if linear.scheme != "none"}
+    assert graph.plugin_layers.keys() == {"W3Linear"}
+    assert set(graph.plugin_layers["W3Linear"]) == layers
+    assert (len(layers), graph.nodes["mbq::W3Linear"]) == (4 * 2, 4 * 2)
+    assert graph.layouts == {"w3t": 1}
+    assert record.graph("decoder_model_merged_qdq_trt_fp16.onnx").plugin_layers == {}
+    assert {each.dtype for each in record.graphs} == {"fp16"}
+
+
+def test_tiles_of_an_exported_graph_are_the_checkpoint(plugins: Path, bundle: Path) -> None:
+    checkpoint = QuantCheckpoint.open(bundle / "weights")
+    path = plugins / "decoder_model_merged_plugin_fp16.onnx"
+    assert check_same_weights(path, checkpoint) == len(checkpoint.linears) == 7 * 2
+
+
+def test_inspect_counts_nodes_and_expected_plugins(plugins: Path) -> None:
+    found = run("inspect", plugins).document["result"]
+    rows = {row["graph"]: row["plugins"] for row in found["graphs"]}
+    assert rows["decoder_model_merged_plugin_fp16.onnx"] == 8
+    assert rows["decoder_model_merged_qdq_trt_fp16.onnx"] == 0
+    assert len(found["expected_plugin_layers"]) == 8
+    graph = tell("inspect", plugins / "decoder_model_merged_plugin_fp16.onnx").out
+    assert "W3Linear 8" in graph
+
+
+def test_both_16_bit_types_are_written_side_by_side(bundle: Path, tmp_path: Path) -> None:
+    line = ["--lowering", "plugin", "--runtime", "trt", "--dtype", "bf16", "--kv", "concat"]
+    outcome = run("export", bundle / "weights", *line, "-o", tmp_path / "graphs")
+    assert outcome.status == 0, outcome.document
+    names = [graph["file"] for graph in outcome.document["result"]["graphs"]]
+    assert names == [
+        "embed_tokens_bf16.onnx",
+        "decoder_model_merged_plugin_bf16.onnx",
+        "vision_encoder_bf16.onnx",
+    ]
