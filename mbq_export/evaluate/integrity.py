@@ -11,6 +11,7 @@ from mbq_export.bundle import Bundle, unlisted_files
 from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import FormatError, located
 from mbq_export.export.check import Limits, check_graph
+from mbq_export.export.untiled import check_same_weights
 from mbq_export.progress import Progress, silent
 from mbq_export.reading import contained, read_json
 from mbq_export.report import Check
@@ -35,7 +36,8 @@ def check_structure(
         progress: Called after each hashed file.
 
     Returns:
-        Passed checks, whose values say how much was looked at, and warnings (code, text).
+        Passed checks, whose values say how much was looked at (``plugins``: linears whose tiles are the
+        checkpoint's weights, bit for bit), and warnings (code, text).
 
     Raises:
         FormatError: E46xx for the bundle, E41xx for the checkpoint, E44xx for graphs, E4501 for engines.
@@ -46,14 +48,16 @@ def check_structure(
     with located("weights"):
         checkpoint = QuantCheckpoint.open(bundle.checkpoint_folder, verify=True)
     graphs = read_json(bundle.onnx / RECORD, code="E4604")["graphs"]
+    tiled = 0
     for graph in graphs:
-        check_graph(
-            contained(bundle.onnx, graph["file"], code="E4605"), Limits(target=_target(graph))
-        )
+        path = contained(bundle.onnx, graph["file"], code="E4605")
+        check_graph(path, Limits(target=_target(graph)))
+        tiled += check_same_weights(path, checkpoint)
     found = {
         "files": len(records),
         "checkpoint": len(checkpoint.linears),
         "graphs": len(graphs),
+        **({"plugins": tiled} if tiled else {}),
         "engines": _engines(bundle.engines),
     }
     checks = [Check(name=name, tier=TIER, ok=True, value=value) for name, value in found.items()]

@@ -3,12 +3,16 @@
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 
 from mbq_export.bundle import Bundle, seal
 from mbq_export.errors import FormatError
 from mbq_export.evaluate.integrity import check_structure
+from mbq_export.export import GraphForm
 from tests.evaluate.bundles import tiny_bundle
+from tests.questions import tiny_model
+from tests.runtime.bundles import rounded_bundle
 
 
 @pytest.fixture
@@ -73,3 +77,28 @@ def test_an_engine_without_its_description_is_refused(copied: Path) -> None:
     (folder / "engine.json").write_text("{}")
     checks, _ = check_structure(sealed_again(copied))
     assert checks[-1].value == 1
+
+
+def test_tiles_that_are_not_the_checkpoint_are_found_even_if_they_were_sealed(
+    tmp_path: Path,
+) -> None:
+    """Every code is a good code, so nothing but the comparison can see it."""
+    form = GraphForm(lowering="plugin", target="trt", dtype="fp16", kv="static", max_context=64)
+    bundle = rounded_bundle(tmp_path / "bundle", tiny_model(), group_size=32, forms=(form,))
+    checks, _ = check_structure(bundle)
+    assert {check.name: check.value for check in checks}["plugins"] == 14
+    path = bundle.onnx / form.file_name
+    graph = onnx.load(path, load_external_data=False).graph
+    tensor = next(
+        each for each in graph.initializer if each.name == "layers.1.o_proj.qweight_tiles"
+    )
+    offset = int(next(entry.value for entry in tensor.external_data if entry.key == "offset"))
+    data = path.with_name(f"{path.name}_data")
+    content = bytearray(data.read_bytes())
+    content[offset] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(
+        FormatError, match=r"other codes than .*layers\.1\.self_attn\.o_proj"
+    ) as caught:
+        check_structure(sealed_again(bundle.root))
+    assert caught.value.code == "E4415"

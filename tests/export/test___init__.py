@@ -45,6 +45,7 @@ from tests.questions import questions, sample_model
 REFERENCE = GraphForm(lowering="reference")
 QDQ = GraphForm()
 TRT = GraphForm(target="trt", dtype="fp16", kv="static", logits="last", max_context=256)
+PLUGIN = replace(TRT, lowering="plugin")
 STEPS = 24
 
 
@@ -77,7 +78,7 @@ def exported() -> Iterator[Exported]:
             checkpoint,
             Path(root) / "onnx",
             family=FAMILY,
-            forms=(QDQ, REFERENCE, TRT),
+            forms=(QDQ, REFERENCE, TRT, PLUGIN),
             progress=lambda done, total, note="": reports.append((done, total, note)),
         )
         yield Exported(checkpoint, Path(root) / "onnx", record, reports)
@@ -89,6 +90,7 @@ GRAPHS = (
     "decoder_model_merged_qdq_ort.onnx",
     "decoder_model_merged_reference.onnx",
     "decoder_model_merged_qdq_trt_fp16.onnx",
+    "decoder_model_merged_plugin_fp16.onnx",
     "vision_encoder.onnx",
     "vision_encoder_fp16.onnx",
 )
@@ -101,7 +103,7 @@ def test_folder_holds_the_graphs_their_data_and_the_record(exported: Exported) -
 
 
 def test_progress_names_every_graph(exported: Exported) -> None:
-    assert exported.reports == [(n + 1, 7, name) for n, name in enumerate(GRAPHS)]
+    assert exported.reports == [(n + 1, 8, name) for n, name in enumerate(GRAPHS)]
 
 
 def test_record_on_disk_is_the_returned_one(exported: Exported) -> None:
@@ -129,7 +131,7 @@ def test_record_lists_every_linear_once_in_columns_without_gaps(exported: Export
     assert schemes["lm_head"] == ("none", 0)
 
 
-@pytest.mark.parametrize("form", [QDQ, REFERENCE, TRT], ids=lambda form: form.variant)
+@pytest.mark.parametrize("form", [QDQ, REFERENCE, TRT, PLUGIN], ids=lambda form: form.variant)
 def test_every_linear_of_the_record_is_a_node_of_the_graph(
     form: GraphForm, exported: Exported
 ) -> None:
@@ -166,7 +168,7 @@ def test_host_tensor_is_the_learned_end_of_a_row(exported: Exported) -> None:
     assert exported.record.host_tensors == {"image_newline": (256,)}
 
 
-@pytest.mark.parametrize("form", [QDQ, REFERENCE, TRT], ids=lambda form: form.variant)
+@pytest.mark.parametrize("form", [QDQ, REFERENCE, TRT, PLUGIN], ids=lambda form: form.variant)
 def test_graphsurgeon_reads_and_writes_every_lowering_unchanged(
     form: GraphForm, exported: Exported
 ) -> None:
@@ -300,7 +302,7 @@ def test_unknown_lowering_names_the_known_ones(exported: Exported, tmp_path: Pat
             family=FAMILY,
             forms=(GraphForm(lowering="plug"),),
         )
-    assert (caught.value.code, caught.value.why) == ("E2001", "known: qdq, reference")
+    assert (caught.value.code, caught.value.why) == ("E2001", "known: plugin, qdq, reference")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -326,12 +328,14 @@ def test_wrong_contract_of_a_written_graph_is_a_bug_of_ours(
 
 EXPORT_ONCE = """
 import sys, torch
+from dataclasses import replace
 from pathlib import Path
 from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.export import GraphForm, export
 from mbq_export.families import FAMILIES
 torch.set_num_threads(1)
-forms = (GraphForm(), GraphForm(lowering="reference"), GraphForm(target="trt", dtype="fp16", kv="static"))
+trt = GraphForm(target="trt", dtype="fp16", kv="static")
+forms = (GraphForm(), GraphForm(lowering="reference"), trt, replace(trt, lowering="plugin"))
 checkpoint = QuantCheckpoint.open(Path(sys.argv[1]))
 export(checkpoint, Path(sys.argv[2]), family=FAMILIES["llava_onevision"], forms=forms)
 """
@@ -353,4 +357,4 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
             {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()}
         )
     assert hashes[0] == hashes[1]
-    assert len(hashes[0]) == 16
+    assert len(hashes[0]) == 18

@@ -47,6 +47,7 @@ RECORDED = ExportRecord(
                 ),
             ),
             declined=("layers.1: why",),
+            plugin_layers={"W3Linear": ("layers.0.qkv_proj", "layers.0.o_proj")},
         ),
     ),
     host_tensors={"image_newline": (256,)},
@@ -74,6 +75,12 @@ def test_fields_of_a_later_release_are_left_out(tmp_path: Path) -> None:
     assert ExportRecord.read(stored(tmp_path, graphs=[graph], later=2)) == RECORDED
 
 
+def test_a_record_of_a_release_without_plugins_names_none(tmp_path: Path) -> None:
+    graph = dict(RECORDED.as_json()["graphs"][0])
+    del graph["plugin_layers"]
+    assert ExportRecord.read(stored(tmp_path, graphs=[graph])).graphs[0].plugin_layers == {}
+
+
 def test_newer_schema_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match="has schema 'mbq-export/graphs@2'"):
         ExportRecord.read(stored(tmp_path, schema="mbq-export/graphs@2"))
@@ -85,6 +92,7 @@ def test_newer_schema_is_refused(tmp_path: Path) -> None:
         ({"schema": "other"}, "its schema is 'other'"),
         ({"graphs": [{"name": "x"}]}, "a field is missing or of another kind"),
         ({"graphs": 3}, "a field is missing or of another kind"),
+        ({"graphs": [{**RECORDED.as_json()["graphs"][0], "plugin_layers": 3}]}, "of another kind"),
         ({"host_tensors": [1]}, "a field is missing or of another kind"),
     ],
 )
@@ -113,6 +121,10 @@ def test_graph_is_found_by_its_file() -> None:
         (GraphForm(), "decoder_model_merged_qdq_ort.onnx"),
         (GraphForm(dtype="fp16"), "decoder_model_merged_qdq_ort_fp16.onnx"),
         (GraphForm(target="trt", dtype="fp16"), "decoder_model_merged_qdq_trt_fp16.onnx"),
+        (
+            GraphForm(lowering="plugin", target="trt", dtype="bf16"),
+            "decoder_model_merged_plugin_bf16.onnx",
+        ),
     ],
 )
 def test_file_name_tells_lowering_target_and_dtype(form: GraphForm, name: str) -> None:
@@ -133,7 +145,7 @@ def test_fp32_for_tensorrt_is_refused() -> None:
     ("field", "value", "known"),
     [
         ("target", "tpu", "ort, trt"),
-        ("dtype", "fp8", "fp32, fp16"),
+        ("dtype", "fp8", "fp32, fp16, bf16"),
         ("kv", "paged", "concat, static"),
         ("logits", "none", "all, last"),
     ],
