@@ -7,8 +7,8 @@
                  config.json                      the model's, with ``quantization_config``
                  tokenizer and processor files    as in the model's folder
 
-Per quantized linear: ``qweight`` I32 (N, ceil(K * bits / 32)), ``scales`` F16 (N, G), ``zeros`` U8 (N, G),
-``bias``. Channel scales are already folded into the weights and norms around. Every other tensor has the
+Per quantized linear: ``qweight`` I32 (N, ceil(K * bits / 32)), ``scales`` F16 (N, G) or per channel F32 (N, 1),
+``zeros`` U8 (N, G) unless the scheme is symmetric, ``bias``. Channel scales are already folded into the weights and norms around. Every other tensor has the
 dtype it has in the model's own files if that holds the value exactly, otherwise float32: folding never
 rounds, so full-precision model, torch oracle and graphs differ by the codes alone
 (docs/decisions/0007-folded-tensors-keep-float32.md).
@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import numpy as np
 
-from mbq_export.errors import FormatError, IncompatibleError, located
+from mbq_export.errors import FormatError, IncompatibleError, UsageError, located
 from mbq_export.reading import contained, read_json, sha256_of
 from mbq_export.schemes import SCHEMES
-from mbq_export.schemes.base import GROUP_SIZES, PackedWeight, QuantScheme, check_packed
+from mbq_export.schemes.base import CHANNEL, PackedWeight, QuantScheme, check_packed
 from mbq_export.schemes.layouts.dense import LAYOUT, words_per_row
 from mbq_export.tensor_file import BFLOAT16, TensorFile
 
@@ -58,7 +58,7 @@ class LinearRecord:
         n: Output features.
         k: Input features.
         scheme: Its number format.
-        group_size: Columns that share a scale.
+        group_size: Columns that share a scale, or `CHANNEL`.
         bias: Whether it has one.
     """
 
@@ -72,10 +72,11 @@ class LinearRecord:
     @property
     def parts(self) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
         """Allowed dtypes and shape of each tensor it has, by full name."""
-        groups = self.k // self.group_size
+        channel = self.group_size == CHANNEL
+        groups = 1 if channel else self.k // self.group_size
         parts: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
             "qweight": (("I32",), (self.n, words_per_row(self.k, self.scheme.weight_bits))),
-            "scales": (("F16",), (self.n, groups)),
+            "scales": (("F32" if channel else "F16",), (self.n, groups)),
         }
         if not self.scheme.symmetric:
             parts["zeros"] = (("U8",), (self.n, groups))
@@ -139,7 +140,7 @@ class QuantCheckpoint:
 
     @property
     def group_size(self) -> int:
-        """Columns that share a scale; 0 when no linear is quantized."""
+        """Columns that share a scale; 0 per channel, and when no linear is quantized."""
         return int(self.info["scheme"]["group_size"])
 
     @property
@@ -232,6 +233,13 @@ class QuantCheckpoint:
         )
 
 
+def activation_of(scheme: QuantScheme | None) -> dict[str, Any] | None:
+    """What `CHECKPOINT_FILE` says about activations: null where they are left alone."""
+    if scheme is None or not scheme.rounds_activations:
+        return None
+    return {"bits": scheme.act_bits, "granularity": "token", "symmetric": True, "dynamic": True}
+
+
 def _read_info(folder: Path) -> dict[str, Any]:
     if not (folder / CHECKPOINT_FILE).is_file():
         inside = next(folder.glob(f"*/{CHECKPOINT_FILE}"), None)
@@ -293,12 +301,31 @@ def _records(info: dict[str, Any]) -> dict[str, LinearRecord]:
             _malformed(f"{name} has the unknown scheme {row['scheme']!r}")
         if name in records:
             _malformed(f"{name} is listed twice")
-        if n < 1 or k < 1 or group_size not in GROUP_SIZES or k % group_size:
-            _malformed(f"{name} has {n} x {k} weights in groups of {group_size}")
+        scheme = SCHEMES[row["scheme"]]
+        if n < 1 or k < 1 or not _fits(scheme, k, group_size):
+            _malformed(f"{name} has {n} x {k} weights of {scheme.name} in groups of {group_size}")
         records[name] = LinearRecord(
-            name=name, n=n, k=k, scheme=SCHEMES[row["scheme"]], group_size=group_size, bias=row["bias"]
-        )  # fmt: skip
+            name=name, n=n, k=k, scheme=scheme, group_size=group_size, bias=row["bias"]
+        )
+    _check_activation(info, records)
     return records
+
+
+def _fits(scheme: QuantScheme, k: int, group_size: int) -> bool:
+    try:
+        scheme.check_columns(k, group_size)
+    except UsageError:
+        return False
+    return True
+
+
+def _check_activation(info: dict[str, Any], records: Mapping[str, LinearRecord]) -> None:
+    """Linears that round activations do it in the one way that this release computes, and say so."""
+    rounding = [record.scheme for record in records.values() if record.scheme.rounds_activations]
+    wanted = activation_of(rounding[0] if rounding else None)
+    found = info["scheme"].get("activation")
+    if found != wanted:
+        _malformed(f"activation is {found!r}, its linears are of {wanted!r}")
 
 
 def _check_files(folder: Path, rows: list[dict[str, Any]], *, verify: bool) -> None:

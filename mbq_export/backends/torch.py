@@ -7,8 +7,9 @@
                                                      └── decoder_engine   embeddings, cache -> logits, cache
 
 Everything downstream is compared with it. Quantized linears hold ``(u - z) * s``, which float32 holds
-exactly (at most 4 + 11 bits); all other tensors are the stored ones. The decoder is the model's own code,
-masks included, with a cache that is concatenated, as in the graphs for ONNX Runtime.
+exactly (at most 4 + 11 bits), or sum integers where the scheme rounds activations (`_torch_int8`); all other
+tensors are the stored ones. The decoder is the model's own code, masks included, with a cache that is
+concatenated, as in the graphs for ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -54,7 +55,12 @@ def fake_quant_model(checkpoint: QuantCheckpoint) -> LoadedModel:
         FormatError: E40xx and E42xx for the files beside the weights, E4103 for missing tensors.
     """
     family = FAMILIES[checkpoint.info["model"]["family"]]
-    return family.load(checkpoint.folder, weights=_dequantizing(checkpoint))
+    loaded = family.load(checkpoint.folder, weights=_dequantizing(checkpoint))
+    if any(record.scheme.rounds_activations for record in checkpoint.records.values()):
+        from mbq_export.backends._torch_int8 import round_activations
+
+        round_activations(loaded.module, checkpoint)
+    return loaded
 
 
 @dataclass(frozen=True, kw_only=True)

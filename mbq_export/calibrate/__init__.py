@@ -19,7 +19,6 @@ from mbq_export.channel_scales import ChannelScales
 from mbq_export.errors import FormatError, UsageError, located
 from mbq_export.families.base import TOKEN_CLASSES
 from mbq_export.progress import Progress, silent
-from mbq_export.schemes.base import groups_of
 from mbq_export.state import fingerprint_of
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def calibrate(
         progress: Called after each block of each pass.
 
     Raises:
-        UsageError: E2001 for an unknown method, E2004 naming the linear if the group size does not fit.
+        UsageError: E2001 for an unknown method, E2004 naming the linear if the group size does not fit, E2007.
         FormatError: E4308 without image tokens, E4309 without answer tokens.
         GateError: E1103 if a loss, gradient or objective is not finite.
     """
@@ -267,7 +266,8 @@ def _check_groups(model: LoadedModel, recipe: Recipe) -> None:
     for linear in model.family.linears:
         path = model.family.linear_path(0, linear)
         with located(path):
-            groups_of(int(model.module.get_parameter(f"{path}.weight").shape[1]), recipe.group_size)
+            columns = int(model.module.get_parameter(f"{path}.weight").shape[1])
+            recipe.scheme.check_columns(columns, recipe.group_size)
 
 
 def _check_tokens(inputs: Sequence[ModelInputs], recipe: Recipe) -> None:

@@ -4,12 +4,16 @@
     W' = Q(W diag(e)) diag(1 / e)           alpha = 0 is plain rounding
     J(alpha) = error of the module's output with W' in place of W, weighed per token class
 
+Where the scheme rounds activations (METHODS 7), the unit's linears read x / e rounded per token, and Q(W diag(e)) is
+not scaled back: the objective sees both errors, and alpha = 0 is still plain rounding.
+
 MBQ, arXiv 2412.19509, section 3.2, on the search of AWQ, arXiv 2306.00978, section 3.2. With ``tokens`` N
 candidates are ranked on N tokens per class; those that could still be best are scored again on all tokens.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -21,10 +25,10 @@ from mbq_export.blocks.loss import class_totals, coefficients, token_counts, tok
 from mbq_export.calibrate.methods.base import Found
 from mbq_export.errors import GateError
 from mbq_export.families.base import ANSWER, PAD, PROMPT, TOKEN_CLASSES, VISION
-from mbq_export.schemes.affine import dequantize, quantize
+from mbq_export.schemes.affine import dequantize, quantize, rounded_per_token
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from mbq_export.calibrate.units import Call, UnitView
     from mbq_export.channel_scales import Switches
@@ -114,14 +118,31 @@ def scale(m: Tensor, alpha: float, *, compat: bool = False) -> Tensor:
 
 
 def rounded(unit: UnitView, e: Tensor, *, compat: bool) -> dict[str, Tensor]:
-    """Weights of the unit after scaling, rounding and scaling back, named for the inspected module."""
+    """Weights of the unit after scaling, rounding and scaling back, named for the inspected module.
+
+    They stay scaled where the scheme rounds activations: the inputs are divided instead, before they are rounded.
+    """
     found = {}
     for linear in unit.place.into:
         weight = unit.block.get_parameter(f"{linear}.weight")
         scaled = weight * e.to(weight.dtype) if compat else weight.float() * e
         codes = quantize(scaled, scheme=unit.scheme, group_size=unit.group_size, compat=compat)
-        found[unit.parameter(linear)] = (dequantize(codes) / e).to(weight.dtype)
+        real = dequantize(codes)
+        back = real if unit.scheme.rounds_activations else real / e
+        found[unit.parameter(linear)] = back.to(weight.dtype)
     return found
+
+
+@contextmanager
+def rounded_inputs(unit: UnitView, e: Tensor) -> Iterator[None]:
+    """Divide what the unit's linears read by e and round it per token, if the scheme rounds activations at all."""
+    with ExitStack() as hooks:
+        for linear in unit.place.into if unit.scheme.rounds_activations else ():
+            handle = unit.block.get_submodule(linear).register_forward_pre_hook(
+                lambda _module, args: (rounded_per_token(args[0].float() / e).to(args[0].dtype),)
+            )
+            hooks.callback(handle.remove)
+        yield
 
 
 def search(unit: UnitView, switches: Switches) -> Found:
@@ -182,7 +203,7 @@ def score(unit: UnitView, candidates: Sequence[Tensor], switches: Switches) -> S
     if unit.sample is not None:
         sample = unit.sample
         errors = torch.stack(
-            [_errors(unit, sample, rounded(unit, e, compat=pads), switches) for e in candidates]
+            [_errors(unit, sample, e, rounded(unit, e, compat=pads), switches) for e in candidates]
         )
         scored = errors.shape[1]
         values, deviation = _estimate(errors, sample.classes, tokens=tokens, weigh=weigh)
@@ -235,14 +256,20 @@ def _all_totals(unit: UnitView, candidates: Sequence[Tensor], switches: Switches
         totals = torch.zeros(len(some), len(TOKEN_CLASSES), dtype=torch.float64)
         for call in unit.calls():
             for place, weight in enumerate(weights):
-                totals[place] += class_totals(_errors(unit, call, weight, switches), call.classes)
+                errors = _errors(unit, call, some[place], weight, switches)
+                totals[place] += class_totals(errors, call.classes)
         parts.append(totals)
     return torch.cat(parts)
 
 
-def _errors(unit: UnitView, call: Call, weights: dict[str, Tensor], switches: Switches) -> Tensor:
-    """Token errors of one call with other weights: (T,) float64. The module itself is not changed."""
-    moved = torch.func.functional_call(unit.inspected, weights, (call.rows,), dict(call.arguments))
+def _errors(
+    unit: UnitView, call: Call, e: Tensor, weights: dict[str, Tensor], switches: Switches
+) -> Tensor:
+    """Token errors of one call with a scale and its weights: (T,) float64. The module itself is not changed."""
+    with rounded_inputs(unit, e):
+        moved = torch.func.functional_call(
+            unit.inspected, weights, (call.rows,), dict(call.arguments)
+        )
     output = moved[0] if isinstance(moved, tuple) else moved
     return token_errors(call.output - output, loss=switches.loss).flatten()
 

@@ -34,7 +34,7 @@ def command(
     ] = 10,
     warmup: Annotated[int, typer.Option("--warmup", help="Requests before them.")] = 3,
     backend: options.Runner = "ort",
-    lowering: options.Lowering = "qdq",
+    lowering: options.Lowering = None,
     threads: options.Threads = 0,
     accuracy_level: Annotated[
         int,
@@ -97,6 +97,7 @@ def command(
     from mbq_export.bundle import Bundle
     from mbq_export.evaluate.bench import Contender, Protocol, bench, matrix
     from mbq_export.evaluate.bench_report import comparison_rows, noise_error, rows
+    from mbq_export.runtime import default_lowering
 
     console: Console = context.obj
     contenders = [
@@ -104,7 +105,7 @@ def command(
             bundle=opened,
             name=opened.name,
             backend=backend,
-            lowering=lowering,
+            lowering=lowering or default_lowering(opened),
             threads=threads,
             accuracy_level=accuracy_level,
         )

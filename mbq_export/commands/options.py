@@ -14,7 +14,7 @@ from mbq_export.writing import explained, partial_path, refuse_inside
 
 STATE_FILE: Final = "state.json"
 MOST_THREADS: Final = 64
-DEFAULT_GROUP: Final = 128
+CHANNEL: Final = "channel"
 GLOBAL_FLAGS: Final = frozenset({"--json", "-q", "--quiet", "-v", "-vv", "--verbose", "--debug"})
 GLOBAL_VALUES: Final = frozenset({"--seed", "--progress"})
 GLOBAL_HELP: Final = (
@@ -107,10 +107,20 @@ WeightBits = Annotated[
 ]
 Scheme = Annotated[
     str | None,
-    typer.Option("--scheme", help="w3a16 or w4a16; says the same as --wbits.", show_default=False),
+    typer.Option(
+        "--scheme",
+        help="w3a16, w4a16 or w4a8. The first two say the same as --wbits; w4a8 also rounds activations to 8 bits.",
+        show_default=False,
+    ),
 ]
 GroupSize = Annotated[
-    int, typer.Option("--group-size", help="Columns that share a scale: 32, 64 or 128.")
+    str | None,
+    typer.Option(
+        "--group-size",
+        help="Columns that share a scale: 32, 64, 128, or channel. Default: 128; channel for w4a8, whose 128 has "
+        "no qdq form.",
+        show_default=False,
+    ),
 ]
 Method = Annotated[str, typer.Option("--method", help="rtn, awq or mbq.")]
 Compat = Annotated[
@@ -141,7 +151,14 @@ Runner = Annotated[
         help="ort; torch for the packed weights on the kernels; oracle for the reference model.",
     ),
 ]
-Lowering = Annotated[str, typer.Option("--lowering", help="qdq or reference.")]
+Lowering = Annotated[
+    str | None,
+    typer.Option(
+        "--lowering",
+        help="qdq or reference. Default: qdq, or what the bundle has.",
+        show_default=False,
+    ),
+]
 
 
 def _sensible(threads: int) -> int:
@@ -166,6 +183,21 @@ def switches(compat: str) -> dict[str, str]:
     if compat not in {"none", "mbq"}:
         raise typer.BadParameter(f"{compat!r} is not one of none, mbq", param_hint="--compat")
     return {} if compat == "none" else {"compat": compat}
+
+
+def group_size(text: str | None) -> int | None:
+    """Columns that share a scale, 0 for ``channel``; None for the scheme's own.
+
+    Raises:
+        BadParameter: If it is neither ``channel`` nor a number.
+    """
+    if text is None or text == CHANNEL:
+        return None if text is None else 0
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(
+            f"{text!r} is neither a number of columns nor {CHANNEL}", param_hint="--group-size"
+        )
+    return int(text)
 
 
 def result_folder(out: Path | None, bundles: Sequence[Path]) -> Path | None:

@@ -1,13 +1,18 @@
 """Stage 2 alone: channel scales become a packed checkpoint."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mbq_export.commands import options
 from mbq_export.commands.console import Console
 from mbq_export.errors import located
+
+if TYPE_CHECKING:
+    from mbq_export.pipeline.request import BuildRequest
 
 
 def command(
@@ -16,9 +21,14 @@ def command(
     scales: Annotated[Path, typer.Option("--scales", help="Folder made by calibrate.")],
     out: options.Out,
     wbits: options.WeightBits = None,
+    scheme: options.Scheme = None,
     group_size: Annotated[
-        int | None,
-        typer.Option("--group-size", help="Default: that of the calibration.", show_default=False),
+        str | None,
+        typer.Option(
+            "--group-size",
+            help="32, 64, 128 or channel. Default: that of the calibration, if the scheme has the same ones.",
+            show_default=False,
+        ),
     ] = None,
     ignore_extra: options.IgnoreExtra = None,
     force: options.Force = False,
@@ -40,8 +50,8 @@ def command(
         model=model,
         out=out,
         weight_bits=wbits,
-        scheme=found.calib.get("scheme") if wbits is None else None,
-        group_size=group_size or found.calib.get("group_size", options.DEFAULT_GROUP),
+        scheme=scheme or (found.calib.get("scheme") if wbits is None else None),
+        group_size=options.group_size(group_size),
         method=found.switches.method,
         data="builtin:shapes",
         targets=("cpu",),
@@ -53,14 +63,14 @@ def command(
     )
     options.refuse_unfinished(out)
     with located("plan"):
-        plan = make_plan(request)
+        plan = make_plan(_with_calibrated_group(request, found.calib))
     with staging(out), console.progress("quantize") as progress:
         loaded = plan.load()
         checkpoint = quantize(
             loaded,
             found,
             scheme=plan.scheme,
-            group_size=request.group_size,
+            group_size=plan.group_size,
             out=out,
             progress=progress,
         )
@@ -70,3 +80,16 @@ def command(
         {"checkpoint": str(out), "scheme": checkpoint.scheme_name, "linears": linears},
         what=f"{out}  {len(linears)} linears",
     )
+
+
+def _with_calibrated_group(request: "BuildRequest", calib: Mapping[str, Any]) -> "BuildRequest":
+    """The request with the calibration's group size, if none was named and both schemes have the same sizes."""
+    from mbq_export.pipeline.request import scheme_of
+    from mbq_export.schemes import SCHEMES
+
+    scheme, calibrated = scheme_of(request), SCHEMES.members().get(str(calib.get("scheme")))
+    if request.group_size is not None or scheme is None or calibrated is None:
+        return request
+    if scheme.group_sizes != calibrated.group_sizes:
+        return request
+    return replace(request, group_size=calib.get("group_size"))

@@ -66,7 +66,7 @@ def command(
     device: Annotated[
         str, typer.Option("--device", help="Of --backend torch: auto, cpu or cuda.")
     ] = "auto",
-    lowering: options.Lowering = "qdq",
+    lowering: options.Lowering = None,
     threads: options.Threads = 0,
 ) -> None:
     """Ask a bundle about pictures.

@@ -20,7 +20,7 @@ def command(
         typer.Option("--tier", help="structure, numeric, tokens, task or all; commas join them."),
     ] = "structure,numeric,tokens",
     backend: options.Backend = "ort",
-    lowering: options.Lowering = "qdq",
+    lowering: options.Lowering = None,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -67,6 +67,7 @@ def command(
     """
     from mbq_export.bundle import Bundle
     from mbq_export.evaluate.validate import Validation, failure, validate
+    from mbq_export.runtime import default_lowering
 
     console: Console = context.obj
     opened = Bundle.open(bundle)
@@ -74,7 +75,7 @@ def command(
     validation = Validation(
         tiers=tuple((ALL_TIERS if tier == "all" else tier).split(",")),
         backend=backend,
-        lowering=lowering,
+        lowering=lowering or default_lowering(opened),
         full_precision=model,
         data=data,
         questions=questions,

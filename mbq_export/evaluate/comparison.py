@@ -29,6 +29,7 @@ from mbq_export.export.ops import INPUTS_EMBEDS, LOGITS, linear_input, linear_ou
 from mbq_export.families.base import ANSWER, PROMPT, TOKEN_CLASSES, VISION
 from mbq_export.report import Check
 from mbq_export.schemes.oracle import dequantized
+from mbq_export.schemes.w4a8 import quantize_activations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -177,6 +178,19 @@ def weights_of(checkpoint: QuantCheckpoint, module: str) -> tuple[Array, Array |
     )
 
 
+def inputs_of(checkpoint: QuantCheckpoint, module: str, rows: Array) -> Array:
+    """Return the (M, K) rows that a linear multiplies: as they are, or as its scheme rounds them.
+
+    Rounding is part of the format to the last bit, so a linear that reads the same rows multiplies the same integers;
+    only what comes before it may differ, and move a value over the edge between two codes.
+    """
+    record = checkpoint.records.get(module)
+    if record is None or not record.scheme.rounds_activations:
+        return rows
+    codes, scales = quantize_activations(rows)
+    return codes.astype(np.float64) * scales[:, None].astype(np.float64)
+
+
 def linear_errors(
     checkpoint: QuantCheckpoint,
     family: ModelFamily,
@@ -200,9 +214,10 @@ def linear_errors(
     found = []
     for linear in family.linears:
         role = role_of(linear)
-        weights, bias = weights_of(checkpoint, family.linear_path(layer, linear))
+        module = family.linear_path(layer, linear)
+        weights, bias = weights_of(checkpoint, module)
         errors, positions = column_errors(
-            values[linear_input(layer, role)],
+            inputs_of(checkpoint, module, values[linear_input(layer, role)]),
             weights,
             values[linear_output(layer, role)],
             bias=bias,

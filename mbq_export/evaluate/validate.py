@@ -37,13 +37,13 @@ from mbq_export.evaluate.tokens import (
 from mbq_export.evaluate.tolerances import (
     BUILD_PROMPTS,
     PARITY,
+    PARITY_ROUNDED,
     QUALITY,
     REFERENCE_PROMPTS,
 )
 from mbq_export.progress import Progress, silent
-from mbq_export.reading import read_json
 from mbq_export.report import Check, Measurement, Report, shown
-from mbq_export.runtime import ORT, RECORD
+from mbq_export.runtime import default_lowering, lowerings_of
 from mbq_export.schemes import SCHEMES
 
 if TYPE_CHECKING:
@@ -126,11 +126,12 @@ def validate(
 def validate_build(bundle: Bundle, *, progress: Progress = silent) -> Report:
     """Run the gates that ``build`` ends with: all default tiers on ONNX Runtime, in every lowering it has.
 
-    `tolerances.BUILD_PROMPTS` prompts on ``qdq``, `tolerances.REFERENCE_PROMPTS` on ``reference``, whose checks
+    `tolerances.BUILD_PROMPTS` prompts on ``qdq``, or on ``reference`` where that is all there is; else `tolerances.REFERENCE_PROMPTS` on ``reference``, whose checks
     are in tiers ``numeric@reference`` and ``tokens@reference``.
     """
-    main = validate(bundle, Validation(prompts=BUILD_PROMPTS), progress=progress)
-    if REFERENCE not in lowerings_of(bundle):
+    shipped = default_lowering(bundle)
+    main = validate(bundle, Validation(prompts=BUILD_PROMPTS, lowering=shipped), progress=progress)
+    if REFERENCE not in lowerings_of(bundle) or shipped == REFERENCE:
         return main
     second = validate(
         bundle,
@@ -199,7 +200,9 @@ class _Run:
 
     @property
     def gates(self) -> Gates:
-        return PARITY[self.validation.dtype]
+        records = self.checkpoint.records.values()
+        rounded = any(record.scheme.rounds_activations for record in records)
+        return (PARITY_ROUNDED if rounded else PARITY)[self.validation.dtype]
 
     def structure(self) -> None:
         """Check every file, without running anything."""
@@ -299,13 +302,6 @@ class _Run:
                 "warnings": warnings,
             },
         )
-
-
-def lowerings_of(bundle: Bundle) -> list[str]:
-    """Lowerings of the decoder that ONNX Runtime can run in float32."""
-    graphs = read_json(bundle.onnx / RECORD, code="E4604")["graphs"]
-    forms = [g["form"] for g in graphs if g["form"] and g["dtype"] == "fp32"]
-    return [form["lowering"] for form in forms if form["target"] == ORT]
 
 
 def by_tier(checks: Iterable[Check]) -> dict[str, Any]:

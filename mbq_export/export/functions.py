@@ -9,6 +9,14 @@ and Div truncates towards zero, so the remainder is subtracted first; then the d
     byte = Mod(Div(w - r, 2^(8 i)), 256)
 
 3 bits: 8 codes lie in 3 bytes, none straddles two such triples. 4 bits: 2 codes in a byte.
+
+Where activations are rounded too, integers travel in FLOAT, per group along K (one group per channel):
+
+    s_x = max(max |x|, 1e-5) / 127    xq = Round(x / s_x)    y = (sum over groups of (xq . (q - 8)) * s) * s_x
+
+A product of integers is exact while every partial sum stays below 2^24: always, up to `EXACT_COLUMNS` columns in a
+group, and beyond unless nearly all factors are the largest there are; then a sum is off by one part in 2^24. Integer
+matrix operators would be exact for ever, but TensorRT has none.
 """
 
 from typing import Final
@@ -17,10 +25,11 @@ import onnx
 
 from mbq_export.errors import InternalError
 from mbq_export.export import ops
+from mbq_export.schemes.w4a8 import LARGEST_ACTIVATION, SMALLEST_ABSMAX
 
 _HEAD: Final = """
 <domain: "{domain}", opset_import: ["" : {opset}], overload: "">
-{name} <{attributes}> (x, qweight, scales, zeros) => (y)
+{name} <{attributes}> ({inputs}) => (y)
 {{
   last = Constant <value = int64[1] {{-1}}> ()
   first = Constant <value = int64[1] {{0}}> ()
@@ -30,13 +39,16 @@ _HEAD: Final = """
   rows = Unsqueeze (n, first)
   k = Constant <value_int: int = @K> ()
   columns = Unsqueeze (k, first)
-  group = Constant <value_int: int = @group_size> ()
-  group_columns = Unsqueeze (group, first)
-  word = Unsqueeze (qweight, last)
+{groups}  word = Unsqueeze (qweight, last)
   remainder = Mod (word, radix)
   multiple = Sub (word, remainder)
   shifted = Div (multiple, radix)
   byte = Mod (shifted, byte_range)
+"""
+
+_GROUPS: Final = """\
+  group = Constant <value_int: int = @group_size> ()
+  group_columns = Unsqueeze (group, first)
 """
 
 _CODES: Final = {
@@ -61,7 +73,7 @@ _CODES: Final = {
 """,
 }
 
-_TAIL: Final = """
+_WEIGHT_ONLY: Final = """
   grouped_shape = Concat <axis = 0> (rows, last, group_columns)
   grouped = Reshape (code, grouped_shape)
   q = CastLike (grouped, x)
@@ -78,6 +90,56 @@ _TAIL: Final = """
 }
 """
 
+# Scales may be [N], one per channel, or [N, groups]: as a table of N rows they are alike. Everything is FLOAT, so the
+# result is the same in every T but for its own rounding.
+_ROUNDING: Final = f"""
+  table_shape = Concat <axis = 0> (rows, last)
+  table = Reshape (scales, table_shape)
+  group_count = Shape <start = 1, end = 2> (table)
+  table_t = Transpose <perm = [1, 0]> (table)
+  row_axis = Constant <value = int64[1] {{1}}> ()
+  s_rows = Unsqueeze (table_t, row_axis)
+  s = Cast <to = 1> (s_rows)
+  grouped_shape = Concat <axis = 0> (rows, group_count, last)
+  grouped = Reshape (code, grouped_shape)
+  u = Cast <to = 1> (grouped)
+  middle = Constant <value = float {{8}}> ()
+  q = Sub (u, middle)
+  q_t = Transpose <perm = [1, 2, 0]> (q)
+  wide = Cast <to = 1> (x)
+  size = Abs (wide)
+  largest = ReduceMax <keepdims = 1> (size, last)
+  smallest = Constant <value = float {{{SMALLEST_ABSMAX}}}> ()
+  bounded = Max (largest, smallest)
+  steps = Constant <value = float {{{LARGEST_ACTIVATION}}}> ()
+  s_x = Div (bounded, steps)
+  quotient = Div (wide, s_x)
+  xq = Round (quotient)
+  group_columns = Div (columns, group_count)
+  xq_shape = Concat <axis = 0> (last, group_count, group_columns)
+  xq_grouped = Reshape (xq, xq_shape)
+  xq_t = Transpose <perm = [1, 0, 2]> (xq_grouped)
+  sums = MatMul (xq_t, q_t)
+  scaled = Mul (sums, s)
+  total = ReduceSum <keepdims = 0> (scaled, first)
+  leading = Shape <start = 0, end = -1> (x)
+  rows_shape = Concat <axis = 0> (leading, rows)
+  rows_of_x = Reshape (total, rows_shape)
+  wide_y = Mul (rows_of_x, s_x)
+  y = CastLike (wide_y, x)
+}}
+"""
+
+_BODIES: Final = {
+    (3, 16): (_GROUPS, _WEIGHT_ONLY),
+    (4, 16): (_GROUPS, _WEIGHT_ONLY),
+    (4, 8): ("", _ROUNDING),
+}
+"""Widths of codes and activations: constants in front of the codes, and what is computed with them."""
+
+EXACT_COLUMNS: Final = (1 << 24) // (LARGEST_ACTIVATION * 8)
+"""Largest group, or channel, whose integer sums FLOAT always holds: products are at most 127 * 8."""
+
 
 def body(op: ops.LinearOp, *, opset: int) -> onnx.FunctionProto:
     """Write the body of an operator.
@@ -87,14 +149,20 @@ def body(op: ops.LinearOp, *, opset: int) -> onnx.FunctionProto:
         opset: Standard opset of the model; the checker demands that both are equal.
 
     Raises:
-        InternalError: E9001 if nobody wrote a body for this width.
+        InternalError: E9001 if nobody wrote a body for these widths.
     """
-    if op.bits not in _CODES or op.act_bits != 16:
+    if (op.bits, op.act_bits) not in _BODIES:
         raise InternalError(
             "E9001",
             f"{op.name} has no body for codes of {op.bits} bits and activations of {op.act_bits}.",
         )
+    groups, tail = _BODIES[op.bits, op.act_bits]
     head = _HEAD.format(
-        domain=ops.DOMAIN, opset=opset, name=op.name, attributes=", ".join(ops.ATTRIBUTES)
+        domain=ops.DOMAIN,
+        opset=opset,
+        name=op.name,
+        attributes=", ".join(ops.ATTRIBUTES),
+        inputs=", ".join(op.inputs),
+        groups=groups,
     )
-    return onnx.parser.parse_function(head + _CODES[op.bits] + _TAIL)
+    return onnx.parser.parse_function(head + _CODES[op.bits] + tail)

@@ -25,7 +25,15 @@ _SHAPING: Final = {
 }
 _ARITHMETIC: Final = {"Add", "And", "Equal", "LessOrEqual", "MatMul", "Mul", "Or", "Sigmoid", "Sub"}
 _FUSED: Final = {"Attention", "RMSNormalization", "RotaryEmbedding"}
-_QUANTIZED: Final = {"DequantizeLinear", "ReduceSum"}
+_QUANTIZED: Final = {
+    "Abs",
+    "DequantizeLinear",
+    "Div",
+    "Max",
+    "QuantizeLinear",
+    "ReduceMax",
+    "ReduceSum",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

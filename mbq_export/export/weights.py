@@ -218,26 +218,31 @@ def zeros_tensor(name: str, source: PackedSource) -> StreamedTensor:
     )
 
 
-def signed_codes_tensor(name: str, source: PackedSource, *, minus_zero: bool) -> StreamedTensor:
-    """INT4 (K, N): code minus zero point, or minus the middle of the range.
+def signed_codes_tensor(
+    name: str, source: PackedSource, *, minus_zero: bool, dtype: ir.DataType = ir.DataType.INT4
+) -> StreamedTensor:
+    """INT4 or INT8 (K, N): code minus zero point, or minus the middle of the range.
 
     Args:
         name: Name of the initializer.
         source: The linears.
         minus_zero: Subtract each group's zero point; the result must fit -8 .. 7, as 3-bit codes do.
+        dtype: Element type.
     """
 
-    def blocks() -> Iterator[NDArray[np.int8]]:
+    def minus_zeros() -> Iterator[NDArray[np.int8]]:
         origin = source.zeros().T.astype(np.int8)
-        if not minus_zero:
-            origin = np.full_like(origin, source.middle)
         for columns, codes in source.codes():
             groups = slice(columns.start // source.group_size, columns.stop // source.group_size)
             signed = codes.astype(np.int8) - np.repeat(origin[groups], source.group_size, axis=0)
             _check_int4(signed)
             yield signed
 
-    return StreamedTensor(name, dtype=ir.DataType.INT4, shape=(source.k, source.n), blocks=blocks)
+    def minus_middle() -> Iterator[NDArray[np.int8]]:
+        return (codes.astype(np.int8) - np.int8(source.middle) for _, codes in source.codes())
+
+    blocks = minus_zeros if minus_zero else minus_middle
+    return StreamedTensor(name, dtype=dtype, shape=(source.k, source.n), blocks=blocks)
 
 
 def _check_int4(values: NDArray[np.int8]) -> None:

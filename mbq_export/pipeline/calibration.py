@@ -44,7 +44,7 @@ def channel_scales(
     }
     recipe = Recipe(
         scheme=plan.scheme,
-        group_size=plan.request.group_size,
+        group_size=plan.group_size,
         switches=plan.switches,
         seed=plan.request.seed,
         facts=facts,

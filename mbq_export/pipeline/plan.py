@@ -17,7 +17,8 @@ from mbq_export.calibrate.data import CalibrationData
 from mbq_export.calibrate.methods import METHODS
 from mbq_export.channel_scales import Switches
 from mbq_export.checkpoint import KEPT
-from mbq_export.errors import ResourceError
+from mbq_export.errors import ResourceError, UsageError
+from mbq_export.export.lowerings import LOWERINGS
 from mbq_export.families.base import LoadedModel, ModelFamily, TextShape
 from mbq_export.families.locate import ModelSource, family_of, locate, read_config
 from mbq_export.native import available_memory
@@ -31,7 +32,7 @@ from mbq_export.pipeline.request import (
     targets_of,
 )
 from mbq_export.reading import sha256_of
-from mbq_export.schemes.base import QuantScheme, groups_of
+from mbq_export.schemes.base import CHANNEL, QuantScheme, group_name
 from mbq_export.schemes.layouts import LAYOUTS
 from mbq_export.state import revision_of
 from mbq_export.target import Target
@@ -93,9 +94,23 @@ class Plan:
         return self.request.max_context or min(self.text.max_positions, LONGEST_DEFAULT_CONTEXT)
 
     @property
+    def group_size(self) -> int:
+        """Columns that share a scale, or `CHANNEL`; meaningless for the baseline."""
+        return group_size_of(self.request, self.scheme)
+
+    @property
     def quantized_weights(self) -> int:
         """Weights of all decoder linears."""
         return sum(n * k for n, k in linear_shapes(self.text).values()) * self.text.layers
+
+    @property
+    def with_qdq(self) -> bool:
+        """Whether standard operators can hold the scheme in these groups."""
+        try:
+            _check_qdq(self)
+        except UsageError:
+            return False
+        return True
 
     @property
     def with_reference(self) -> bool:
@@ -111,14 +126,14 @@ class Plan:
         linears = self.text.layers * len(self.family.linears)
         if self.scheme is None:
             return [("everything", linears, "16", "baseline: --wbits 16")]
-        group = self.request.group_size
+        group = self.group_size
         bits = f"{self.scheme.bits_per_weight(group):.3f}"
         return [
             (
                 "decoder linears",
                 linears,
                 bits,
-                f"{self.scheme.name} g{group}, {self.switches.method}",
+                f"{self.scheme.name} {group_name(group)}, {self.switches.method}",
             ),
             ("vision tower, projector", 1, "16", "policy: small, and sensitive"),
             ("token embedding, head", 2, "16", "policy: read once per token, or tied"),
@@ -130,7 +145,7 @@ def make_plan(request: BuildRequest) -> Plan:
     """Check the request against the model, the data's place, the machine and each other.
 
     Raises:
-        UsageError: E2001, E2002, E2004, E2005, E2011, E2012, E2018.
+        UsageError: E2001, E2002, E2004 to E2007, E2011, E2012, E2018.
         MachineError: E3003 without ONNX Runtime, or if an engine is required and its library is missing, E3014 for a model not here.
         FormatError: E40xx to E42xx for the model's files, E43xx for the data.
         ResourceError: E5002 or E5003 if disk or memory cannot suffice.
@@ -146,7 +161,7 @@ def make_plan(request: BuildRequest) -> Plan:
     text = family.text_shape(config)
     if scheme is not None:
         for _, k in linear_shapes(text).values():
-            groups_of(k, request.group_size)
+            scheme.check_columns(k, group_size_of(request, scheme))
     check_context(request, text, family.vision_shape(config))
     family.check(source.folder, ignore_extra=request.ignore_extra)
     switches = METHODS[request.method].resolve(request.replaced)
@@ -164,8 +179,17 @@ def make_plan(request: BuildRequest) -> Plan:
         skipped_engines=skipped,
         fingerprint={},
     )
+    if targets or not plan.with_reference:
+        _check_qdq(plan)
     _check_room(plan)
     return Plan(**{**_fields(plan), "fingerprint": _fingerprint(plan)})
+
+
+def group_size_of(request: BuildRequest, scheme: QuantScheme | None) -> int:
+    """What was asked for, else the scheme's own."""
+    if request.group_size is not None:
+        return request.group_size
+    return CHANNEL if scheme is None else scheme.group_size
 
 
 def linear_shapes(text: TextShape) -> dict[str, tuple[int, int]]:
@@ -202,6 +226,16 @@ def _fields(plan: Plan) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
 
 
+def _check_qdq(plan: Plan) -> None:
+    """Refuse groups that standard operators cannot hold.
+
+    Raises:
+        UsageError: E2006.
+    """
+    if plan.scheme is not None:
+        LOWERINGS["qdq"].check_group(plan.scheme, plan.group_size)
+
+
 def _check_room(plan: Plan) -> None:
     weights = sum(path.stat().st_size for path in plan.source.folder.glob("*.safetensors"))
     place = plan.request.out.absolute().parent
@@ -235,7 +269,7 @@ def _fingerprint(plan: Plan) -> dict[str, object]:
         "data": None if plan.data is None else plan.data.sha256,
         "quant": {
             "scheme": plan.scheme_name,
-            "group_size": request.group_size,
+            "group_size": plan.group_size,
             "switches": plan.switches.resolved(),
         },
         "graphs": {

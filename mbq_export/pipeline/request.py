@@ -14,7 +14,6 @@ from mbq_export.errors import MachineError, UsageError
 from mbq_export.families.base import TextShape, VisionShape
 from mbq_export.families.locate import SHIPPED
 from mbq_export.native import local_gpu
-from mbq_export.quantize import check_scheme
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import QuantScheme
 from mbq_export.target import AUTO, SERVED, Target
@@ -33,7 +32,7 @@ class BuildRequest:
         out: Bundle folder to make.
         weight_bits: 3, 4, or 16 for the unquantized baseline; None is 3, or what the scheme says.
         scheme: Says the same as ``weight_bits``, or None.
-        group_size: Columns that share a scale.
+        group_size: Columns that share a scale, 0 for one scale per output channel; None takes the scheme's own.
         method: Name of a preset.
         replaced: Switches of the preset that the user set.
         data: Calibration manifest, or None for the default of the shipped model.
@@ -59,7 +58,7 @@ class BuildRequest:
     out: Path
     weight_bits: int | None = None
     scheme: str | None = None
-    group_size: int = 128
+    group_size: int | None = None
     method: str = "mbq"
     replaced: Mapping[str, Any] = field(default_factory=dict)
     data: str | None = None
@@ -85,7 +84,7 @@ def scheme_of(request: BuildRequest) -> QuantScheme | None:
     """Return the scheme that the width and the name agree on; None for the unquantized baseline.
 
     Raises:
-        UsageError: E2001, E2002, E2005, E2006.
+        UsageError: E2001, E2002, E2005.
     """
     by_bits = {
         scheme.weight_bits: scheme
@@ -93,8 +92,6 @@ def scheme_of(request: BuildRequest) -> QuantScheme | None:
         if scheme.act_bits == UNQUANTIZED_BITS
     }
     named = None if request.scheme is None else SCHEMES[request.scheme]
-    if named is not None:
-        check_scheme(named)
     if named is not None and request.weight_bits not in {None, named.weight_bits}:
         raise UsageError(
             "E2002",

@@ -186,7 +186,7 @@ def _quantize(work: _Work, model: LoadedModel, progress: Progress) -> None:
         model,
         ChannelScales.read(work.folder(CALIBRATION)),
         scheme=plan.scheme,
-        group_size=plan.request.group_size,
+        group_size=plan.group_size,
         out=work.folder(WEIGHTS),
         state=work.state,
         progress=progress,
@@ -195,7 +195,9 @@ def _quantize(work: _Work, model: LoadedModel, progress: Progress) -> None:
 
 def graph_forms(plan: Plan) -> tuple[GraphForm, ...]:
     """Decoder graphs that the targets and the gates need."""
-    forms = [GraphForm(lowering="qdq", target="ort", max_context=plan.max_context)]
+    forms = []
+    if plan.with_qdq:
+        forms.append(GraphForm(lowering="qdq", target="ort", max_context=plan.max_context))
     if plan.with_reference and plan.scheme is not None:
         forms.append(GraphForm(lowering="reference", target="ort", max_context=plan.max_context))
     if plan.targets:

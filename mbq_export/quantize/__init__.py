@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mbq_export import __version__
 from mbq_export.blocks.stream import BlockStream
-from mbq_export.checkpoint import CONFIG_FILE, KEPT, SCHEMA, SCHEMA_MAJOR, QuantCheckpoint
-from mbq_export.errors import FormatError, InternalError, UsageError, located
+from mbq_export.checkpoint import (
+    CONFIG_FILE,
+    KEPT,
+    SCHEMA,
+    SCHEMA_MAJOR,
+    QuantCheckpoint,
+    activation_of,
+)
+from mbq_export.errors import FormatError, InternalError, located
 from mbq_export.progress import Progress, silent
 from mbq_export.quantize.apply import (
     QuantizedBlock,
@@ -21,7 +28,7 @@ from mbq_export.quantize.apply import (
 )
 from mbq_export.quantize.write import write_checkpoint
 from mbq_export.reading import sha256_of
-from mbq_export.schemes.base import groups_of
+from mbq_export.schemes.base import CHANNEL, FULL_PRECISION_BITS
 from mbq_export.schemes.layouts.dense import LAYOUT
 from mbq_export.writing import explained, partial_path, publish
 
@@ -39,7 +46,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STAGE: Final = "quantize"
-FULL_PRECISION_BITS: Final = 16
 
 
 def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
@@ -58,14 +64,14 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
         model: Decoder blocks may be on the meta device: they are streamed from the model's files.
         scales: Result of a calibration; its switches decide rounding.
         scheme: Number format; None keeps every linear as it is (the full-precision baseline).
-        group_size: Columns that share a scale; ignored without a scheme.
+        group_size: Columns that share a scale, or `CHANNEL`; ignored without a scheme.
         out: Folder to make; appears only when complete.
         state: Finished blocks are kept in it and not done again. That it belongs to the same arguments is
             its opener's business. Without it they are kept in memory.
         progress: Called after each block.
 
     Raises:
-        UsageError: E2004 naming the linear if the group size does not divide its inputs, E2006 as `check_scheme`.
+        UsageError: E2004 naming the linear if the group size does not fit its inputs, E2007 if those are too many.
         FormatError: E4110 or E4112 naming the tensor, E4314 for a scale that fits no unit.
         ResourceError: E5001 or E5008.
     """
@@ -74,8 +80,6 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
         group_size=group_size if scheme else 0,
         compat=scales.switches.compat == "mbq",
     )
-    if scheme:
-        check_scheme(scheme)
     stream = BlockStream(model)
     _check_groups(model, rounding)
     _check_blocks(scales, len(stream))
@@ -153,28 +157,14 @@ def _rest(model: LoadedModel) -> dict[str, Tensor]:
     }
 
 
-def check_scheme(scheme: QuantScheme) -> None:
-    """Refuse a number format that nothing downstream of a checkpoint could use.
-
-    Raises:
-        UsageError: E2006 for a scheme that rounds activations: no graph holds it yet.
-    """
-    if scheme.act_bits != FULL_PRECISION_BITS:
-        raise UsageError(
-            "E2006",
-            f"No graph holds {scheme.name} yet.",
-            why=f"its kernels round activations to {scheme.act_bits} bits, and no lowering of that is built",
-            fix=("--scheme w3a16", "--scheme w4a16"),
-        )
-
-
 def _check_groups(model: LoadedModel, rounding: Rounding) -> None:
     if rounding.scheme is None:
         return
     first = model.module.get_submodule(f"{model.family.blocks}.0")
     for linear in model.family.linears:
         with located(model.family.linear_path(0, linear)):
-            groups_of(first.get_parameter(f"{linear}.weight").shape[1], rounding.group_size)
+            columns = first.get_parameter(f"{linear}.weight").shape[1]
+            rounding.scheme.check_columns(columns, rounding.group_size)
 
 
 def _check_blocks(scales: ChannelScales, count: int) -> None:
@@ -212,8 +202,8 @@ def _number_facts(rounding: Rounding) -> dict[str, Any]:
             "group_size": rounding.group_size,
             "symmetric": scheme.symmetric if scheme else False,
             "rounding": "half_even",
-            "scale_dtype": "float16",
-            "activation": None,
+            "scale_dtype": "float32" if scheme and rounding.group_size == CHANNEL else "float16",
+            "activation": activation_of(scheme),
         },
         "layout": {"name": LAYOUT.name, "version": LAYOUT.version},
     }

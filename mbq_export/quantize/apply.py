@@ -19,6 +19,7 @@ from mbq_export.blocks.fold import fold
 from mbq_export.errors import FormatError, located
 from mbq_export.schemes.affine import Codes, dequantize
 from mbq_export.schemes.affine import quantize as round_to_codes
+from mbq_export.schemes.base import CHANNEL
 from mbq_export.schemes.layouts.dense import pack
 from mbq_export.tensor_file import BFLOAT16, DTYPES
 
@@ -45,8 +46,9 @@ class Rounding:
 
     Attributes:
         scheme: Number format; None keeps them as they are.
-        group_size: Columns that share a scale.
-        compat: Use the published rule, in the dtype that the weight has in the model's files.
+        group_size: Columns that share a scale, or `CHANNEL`.
+        compat: Use the published rule, in the dtype that the weight has in the model's files; symmetric schemes
+            have the one rule.
     """
 
     scheme: QuantScheme | None
@@ -114,7 +116,7 @@ def quantize_block(
                         }
                     )
                     note_zeros(name, weight, codes)
-                tensors |= _packed(name, codes, bits=rounding.scheme.weight_bits)
+                tensors |= _packed(name, codes, rounding.scheme)
         tensors |= {name: exact(tensor, model, name) for name, tensor in folded.items()}
     return QuantizedBlock(tensors=tensors, linears=tuple(rows), sha256=digest)
 
@@ -195,11 +197,13 @@ def note_zeros(name: str, weight: Tensor, codes: Codes) -> None:
 def _rounded(weight: Tensor, rounding: Rounding, *, stored: torch.dtype) -> Codes:
     assert rounding.scheme is not None  # the caller's condition
     codes = round_to_codes(
-        weight.to(stored) if rounding.compat else weight,
+        weight.to(stored) if rounding.compat and not rounding.scheme.symmetric else weight,
         scheme=rounding.scheme,
         group_size=rounding.group_size,
         compat=rounding.compat,
     )
+    if rounding.group_size == CHANNEL:
+        return codes
     scales = codes.scales.to(torch.float16)
     changed = int((scales.float() != codes.scales.float()).sum())
     if changed:
@@ -207,12 +211,13 @@ def _rounded(weight: Tensor, rounding: Rounding, *, stored: torch.dtype) -> Code
     return Codes(codes=codes.codes, scales=scales, zeros=codes.zeros, clamped=codes.clamped)
 
 
-def _packed(name: str, codes: Codes, *, bits: int) -> dict[str, NDArray[Any]]:
-    words = pack(codes.codes.numpy(), bits=bits)
+def _packed(name: str, codes: Codes, scheme: QuantScheme) -> dict[str, NDArray[Any]]:
+    words = pack(codes.codes.numpy(), bits=scheme.weight_bits)
+    zeros = {} if scheme.symmetric else {f"{name}.zeros": codes.zeros.numpy()}
     return {
         f"{name}.qweight": words.view(np.int32),
         f"{name}.scales": codes.scales.numpy(),
-        f"{name}.zeros": codes.zeros.numpy(),
+        **zeros,
     }
 
 

@@ -31,7 +31,14 @@ if TYPE_CHECKING:
     from mbq_export.backends.base import Engine
     from mbq_export.bundle import Bundle
 
-__all__ = ["Session", "graph_record", "open_session", "runs_graphs"]
+__all__ = [
+    "Session",
+    "default_lowering",
+    "graph_record",
+    "lowerings_of",
+    "open_session",
+    "runs_graphs",
+]
 
 # What export calls its files and graphs; a test holds them to `export.record`.
 RECORD: Final = "mbq_export.json"
@@ -45,13 +52,14 @@ TORCH: Final = "torch"
 ORACLE: Final = "oracle"
 AUTO: Final = "auto"
 ORT: Final = "ort"
+QDQ: Final = "qdq"
 
 
 def open_session(
     bundle: Bundle,
     *,
     backend: str = ORT,
-    lowering: str = "qdq",
+    lowering: str | None = None,
     dtype: str = "fp32",
     threads: int = 0,
     accuracy_level: int = 0,
@@ -62,7 +70,7 @@ def open_session(
         bundle: An opened bundle.
         backend: ``ort``; ``torch`` for the packed weights on the kernels, on a GPU if there is one, or
             ``torch:cpu``, ``torch:cuda``; ``oracle`` for the reference model with dequantized weights.
-        lowering: Form of the decoder graph; only ``ort`` runs graphs.
+        lowering: Form of the decoder graph, None for `default_lowering`; only ``ort`` runs graphs.
         dtype: ``fp32`` or ``fp16`` of the graphs of ``ort``.
         threads: CPU threads; 0 takes all that this process may use. torch has its own setting.
         accuracy_level: Of ONNX Runtime's 4-bit products: 0 exact, 4 int8 activations (fast, not exact).
@@ -80,6 +88,7 @@ def open_session(
     limit = bundle.manifest.get("limits", {}).get("max_context") or longest
     name = backend
     if runs_graphs(backend):
+        lowering = lowering or default_lowering(bundle)
         engines = _graphs(bundle, _opener(backend, threads, accuracy_level), lowering, dtype)
         newline, name = TensorFile(bundle.onnx / HOST_TENSORS).array(NEWLINE), f"{name}:{lowering}"
     else:
@@ -106,6 +115,19 @@ def open_session(
 def runs_graphs(backend: str) -> bool:
     """Whether a backend runs graphs, not the checkpoint."""
     return backend != ORACLE and backend.partition(":")[0] != TORCH
+
+
+def lowerings_of(bundle: Bundle) -> list[str]:
+    """Forms of the decoder graph that ONNX Runtime runs in float32, in the order they were written."""
+    graphs = read_json(bundle.onnx / RECORD, code="E4604")["graphs"]
+    forms = [graph["form"] for graph in graphs if graph["form"] and graph["dtype"] == "fp32"]
+    return [form["lowering"] for form in forms if form["target"] == ORT]
+
+
+def default_lowering(bundle: Bundle) -> str:
+    """Form of the decoder graph to run where none was named: ``qdq``, unless there are only others."""
+    found = lowerings_of(bundle)
+    return found[0] if found and QDQ not in found else QDQ
 
 
 def graph_record(

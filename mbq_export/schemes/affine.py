@@ -11,6 +11,10 @@ Symmetric schemes have no zero points; per channel the scale stays float32, in g
     s  = max(max |w|, 1e-5) / P    or    fp16(max(max |w| / P, 2**-14))      P = 2**(bits - 1) - 1
     u  = clamp(rint(w / s), -P - 1, P) + P + 1
 
+Activations that are rounded too have one scale per token (row), found while the model runs:
+
+    a = max(max |x|, 1e-5)    s = a / 127    q = rint(x / s)
+
 Computes in float32 whatever the input; rounding is half to even. The compatible rule of the published MBQ
 code (thu-nics/MBQ, ``pseudo_quantize_tensor``) leaves zero out of the range, takes the scale in the tensor's
 own dtype and does not round it again: a group that does not straddle zero then saturates.
@@ -26,7 +30,8 @@ from mbq_export.schemes.base import CHANNEL, SMALLEST_SCALE, QuantScheme
 
 FP16_LARGEST = 65504.0
 SMALLEST_ABSMAX = 1e-5
-"""Keeps the float32 scale of a channel of zeros above 0."""
+"""Keeps the float32 scale of a channel, or of a token, of zeros above 0."""
+LARGEST_ACTIVATION = 127
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +102,26 @@ def dequantize(codes: Codes) -> Tensor:
     grouped = codes.codes.reshape(rows, -1, codes.group_size).float()
     real = (grouped - codes.zeros[..., None].float()) * codes.scales[..., None].float()
     return real.reshape(rows, columns)
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows as `w4a8.quantize_activations` does, which is the reference (FORMATS 1.4).
+
+    Args:
+        x: (..., K), any floating dtype.
+
+    Returns:
+        (..., K) float32 integers in -127 .. 127, and (..., 1) float32 scales.
+    """
+    wide = x.float()
+    scales = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ABSMAX) / LARGEST_ACTIVATION
+    return torch.round(wide / scales), scales
+
+
+def rounded_per_token(x: Tensor) -> Tensor:
+    """Rows (..., K) as integers times scale, in float32."""
+    codes, scales = quantize_per_token(x)
+    return codes * scales
 
 
 def _grid(grouped: Tensor, largest: int) -> tuple[Tensor, Tensor, int]:

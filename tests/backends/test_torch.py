@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from mbq_export.backends._torch_int8 import Int8Linear
 from mbq_export.backends.torch import (
     BACKEND,
     TorchEngine,
@@ -23,6 +24,9 @@ from mbq_export.errors import FormatError
 from mbq_export.export import ops
 from mbq_export.families.base import LoadedModel
 from mbq_export.schemes import SCHEMES
+from mbq_export.schemes.base import CHANNEL
+from mbq_export.schemes.w4a8 import int8_linear
+from tests.schemes.test_w4a8 import weight_of
 from tests.tiny import Tiny, load_tiny, tiny_checkpoint
 
 LINEAR_RELATIVE = 2e-6
@@ -46,9 +50,14 @@ def relative(found: NDArray[Any], wanted: NDArray[Any]) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-@pytest.mark.parametrize("scheme", ops.OPS)
-def test_every_linear_equals_the_scheme_s_reference(tmp_path: Path, scheme: str) -> None:
-    found = tiny_checkpoint(tmp_path / "c", load_tiny(tmp_path / "model"), scheme=scheme)
+@pytest.mark.parametrize(
+    ("scheme", "group_size"), [("w3a16", 64), ("w4a16", 64), ("w4a8", CHANNEL), ("w4a8", 128)]
+)
+def test_every_linear_equals_the_scheme_s_reference(
+    tmp_path: Path, scheme: str, group_size: int
+) -> None:
+    model = load_tiny(tmp_path / "model")
+    found = tiny_checkpoint(tmp_path / "c", model, scheme=scheme, group_size=group_size)
     model = fake_quant_model(found)
     rng = np.random.default_rng(0)
     assert len(found.linears) == 14
@@ -59,6 +68,39 @@ def test_every_linear_equals_the_scheme_s_reference(tmp_path: Path, scheme: str)
             y = model.module.get_submodule(name)(torch.from_numpy(x)).numpy()
         wanted = SCHEMES[scheme].linear_reference(x, packed)
         assert relative(y, wanted) <= LINEAR_RELATIVE, name
+
+
+@pytest.mark.parametrize("group_size", [CHANNEL, 128])
+def test_linears_that_round_activations_equal_the_oracle_to_the_bit(
+    tmp_path: Path, group_size: int
+) -> None:
+    """In groups too: both add float64 numbers that need 53 bits at most, so no order of adding them matters."""
+    model = load_tiny(tmp_path / "model")
+    found = tiny_checkpoint(tmp_path / "c", model, scheme="w4a8", group_size=group_size)
+    oracle = fake_quant_model(found)
+    rng = np.random.default_rng(3)
+    for name in found.linears[:4]:
+        packed = found.packed(name)
+        x = rng.standard_normal((2, 9, packed.k)).astype(np.float32)
+        x[0, 1], x[0, 2] = 0, x[0, 2] * 1e4
+        x[1, 3, 5] = 1e4
+        with torch.no_grad():
+            y = oracle.module.get_submodule(name)(torch.from_numpy(x)).numpy()
+        assert y.shape == (2, 9, packed.n)
+        flat = int8_linear(x.reshape(-1, packed.k), packed)
+        np.testing.assert_array_equal(y.reshape(-1, packed.n), flat)
+    assert not any(parameter.requires_grad for parameter in oracle.module.parameters())
+
+
+def test_wide_rows_are_summed_where_sums_are_exact() -> None:
+    """The largest sums there are, beyond what float32 counts to."""
+    columns = 33_024
+    q = np.full((16, columns), -8)
+    weight = weight_of(q)
+    x = np.full((1, columns), 3.0, np.float32)
+    x[0, 0] = 1.0  # an odd sum
+    found = Int8Linear(weight)(torch.from_numpy(x)).numpy()
+    np.testing.assert_array_equal(found, int8_linear(x, weight))
 
 
 def test_weights_are_exactly_code_minus_zero_times_scale(

@@ -67,7 +67,7 @@ def test_the_work_of_a_build_in_the_same_place_is_kept(model: Path, tmp_path: Pa
     ("line", "status", "code", "words"),
     [
         (["--wbits", "16"], 2, "E2005", "--wbits 16 has nothing to calibrate."),
-        (["--group-size", "48"], 2, "E2004", "Group size 48 does not divide"),
+        (["--group-size", "48"], 2, "E2004", "w3a16 has no groups of 48."),
         (["--method", "gptq"], 2, "E2001", "Unknown method 'gptq'."),
         (["--data", "nope.jsonl"], 4, "E4301", "There is no file 'nope.jsonl'"),
     ],

@@ -1,5 +1,6 @@
 """The comparisons of the numeric tier on values made here, with faults planted in them."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,14 +16,16 @@ from mbq_export.evaluate.comparison import (
     stream_checks,
     weights_of,
 )
-from mbq_export.evaluate.metrics import cosines
-from mbq_export.evaluate.tolerances import PARITY_FP32, QUALITY_W3
+from mbq_export.evaluate.metrics import Array, cosines
+from mbq_export.evaluate.tolerances import PARITY_FP32, PARITY_ROUNDED, QUALITY_W3
 from mbq_export.families.base import ANSWER, PROMPT, VISION
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.affine import quantize
 from mbq_export.schemes.base import PackedWeight
 from mbq_export.schemes.layouts.dense import pack
 from mbq_export.schemes.oracle import dequantized
+from mbq_export.schemes.w4a8 import quantize_activations
+from tests.schemes.test_w4a8 import weight_of
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj")
 GROUP = 32
@@ -46,7 +49,10 @@ def packed_weight(seed: int, n: int = 16, k: int = 96) -> PackedWeight:
 def one_block() -> tuple[Any, Any, dict[str, np.ndarray]]:
     """A checkpoint of two linears that share an input, and what a right graph would give."""
     weights = {f"blocks.0.{name}": packed_weight(i) for i, name in enumerate(LINEARS)}
-    checkpoint = SimpleNamespace(linears=tuple(weights), packed=weights.__getitem__)
+    records = {name: SimpleNamespace(scheme=SCHEMES["w3a16"]) for name in weights}
+    checkpoint = SimpleNamespace(
+        linears=tuple(weights), packed=weights.__getitem__, records=records
+    )
     family = SimpleNamespace(linears=LINEARS, linear_path=lambda i, name: f"blocks.{i}.{name}")
     x = np.random.default_rng(0).normal(size=(len(CLASSES), 96)).astype(np.float32)
     values = {"layers.0.q_proj.in": x}
@@ -64,6 +70,53 @@ def test_right_linears_are_within_the_gate_by_far() -> None:
     assert [error.linear for error in errors] == list(LINEARS)
     assert max(error.error for error in errors) < 0.02 * PARITY_FP32.linear_error
     assert linear_check(errors, PARITY_FP32).ok is True
+
+
+def rounding_block(round_input: Callable[[Array], Array]) -> tuple[Any, Any, dict[str, np.ndarray]]:
+    """A linear that rounds its activations, and what a graph gives that rounds them in its own way."""
+    weight = weight_of(np.random.default_rng(4).integers(-7, 8, (16, 96)))
+    checkpoint = SimpleNamespace(
+        linears=("blocks.0.self_attn.q_proj",),
+        packed=lambda _name: weight,
+        records={"blocks.0.self_attn.q_proj": SimpleNamespace(scheme=SCHEMES["w4a8"])},
+    )
+    family = SimpleNamespace(
+        linears=("self_attn.q_proj",), linear_path=lambda i, name: f"blocks.{i}.{name}"
+    )
+    x = np.random.default_rng(0).normal(size=(len(CLASSES), 96)).astype(np.float32)
+    rows = round_input(x) @ dequantized(weight).T
+    values = {"layers.0.q_proj.in": x, "layers.0.q_proj.out": rows.astype(np.float32)}
+    return checkpoint, family, values
+
+
+def as_the_format(x: Array) -> Array:
+    codes, scales = quantize_activations(x)
+    return codes * scales[:, None]
+
+
+def downwards(x: Array) -> Array:
+    scales = np.abs(x).max(1, keepdims=True) / 127
+    return np.floor(x / scales) * scales
+
+
+def to_six_bits(x: Array) -> Array:
+    scales = np.abs(x).max(1, keepdims=True) / 31
+    return np.rint(x / scales) * scales
+
+
+def test_rounded_activations_are_judged_on_the_codes_of_the_format() -> None:
+    checkpoint, family, values = rounding_block(as_the_format)
+    (error,) = linear_errors(checkpoint, family, 0, values=values, classes=CLASSES)
+    assert error.error < 0.02 * PARITY_ROUNDED["fp32"].linear_error
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x, downwards, to_six_bits])
+def test_activations_rounded_in_another_way_fail(wrong: Callable[[Array], Array]) -> None:
+    """Left alone, rounded downwards, or rounded to fewer steps: each by far more than the gate."""
+    checkpoint, family, values = rounding_block(wrong)
+    errors = linear_errors(checkpoint, family, 0, values=values, classes=CLASSES)
+    assert errors[0].error > 30 * PARITY_ROUNDED["fp32"].linear_error
+    assert linear_check(errors, PARITY_ROUNDED["fp32"]).ok is False
 
 
 def test_a_wrong_scale_in_one_fused_part_names_this_part_and_column() -> None:

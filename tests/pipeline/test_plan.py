@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from mbq_export.errors import MbqError
+from mbq_export.pipeline import plan as plan_module
 from mbq_export.pipeline.plan import BuildRequest, linear_shapes, make_plan
+from mbq_export.pipeline.stages import graph_forms
+from mbq_export.schemes.base import CHANNEL
 
 
 @pytest.fixture
@@ -49,10 +52,16 @@ def test_fingerprint_ignores_the_place_and_follows_the_options(request_: BuildRe
     ("changes", "code", "message"),
     [
         ({"weight_bits": 5}, "E2005", "--wbits 5 is not a width of any scheme."),
-        ({"group_size": 100}, "E2004", "Group size 100 does not divide in_features 256."),
+        ({"group_size": 100}, "E2004", "w3a16 has no groups of 100."),
         ({"method": "mqb"}, "E2001", "Unknown method 'mqb'."),
         ({"scheme": "w2a16"}, "E2001", "Unknown scheme 'w2a16'."),
-        ({"scheme": "w4a8"}, "E2006", "No graph holds w4a8 yet."),
+        ({"scheme": "w4a8", "group_size": 64}, "E2004", "w4a8 has no groups of 64."),
+        ({"group_size": 0}, "E2004", "w3a16 has no groups of a whole channel."),
+        (
+            {"scheme": "w4a8", "group_size": 128, "targets": ("rtx4090:rtx",)},
+            "E2006",
+            "w4a8 in groups of 128 has no qdq form.",
+        ),
         (
             {"scheme": "w4a16", "weight_bits": 3},
             "E2002",
@@ -83,6 +92,30 @@ def test_bad_option_is_refused_by_value(
     error = refused(request_, **changes)
     assert (error.code, error.message) == (code, message)
     assert error.fix
+
+
+def test_groups_are_those_of_the_scheme_unless_named(request_: BuildRequest) -> None:
+    assert make_plan(replace(request_, group_size=None)).group_size == 128
+    channels = make_plan(replace(request_, weight_bits=None, scheme="w4a8", group_size=None))
+    assert (channels.group_size, channels.with_qdq) == (CHANNEL, True)
+    assert channels.table()[0][2:] == ("4.000", "w4a8 channel, mbq")
+
+
+def test_groups_without_a_qdq_form_are_planned_for_the_reference_alone(
+    request_: BuildRequest,
+) -> None:
+    plan = make_plan(replace(request_, weight_bits=None, scheme="w4a8", group_size=128))
+    assert not plan.with_qdq
+    assert [(form.lowering, form.target) for form in graph_forms(plan)] == [("reference", "ort")]
+
+
+def test_a_model_too_large_for_the_reference_is_refused_such_groups(
+    request_: BuildRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "REFERENCE_LIMIT_WEIGHTS", 1)
+    error = refused(request_, weight_bits=None, scheme="w4a8", group_size=128)
+    assert error.code == "E2006"
+    assert "needs the plugin lowering" in (error.why or "")
 
 
 def test_existing_bundle_is_not_touched(request_: BuildRequest) -> None:

@@ -19,6 +19,7 @@ from mbq_export.families.base import LoadedModel
 from mbq_export.quantize import quantize
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.oracle import dequantized
+from mbq_export.schemes.w4a8 import signed_codes
 from mbq_export.state import State
 from tests.tiny import Tiny, load_tiny, random_scales, tiny_checkpoint, write_tiny
 
@@ -69,7 +70,7 @@ def test_every_scheme_and_group_size_reads_back_near_the_folded_weight(
     for name in checkpoint.linears:
         packed = checkpoint.packed(name)
         weight = none.tensor(f"{name}.weight").astype(np.float64)
-        steps = np.repeat(packed.scales.astype(np.float64), group_size, axis=1)
+        steps = np.repeat(packed.scales.astype(np.float64), packed.k // packed.groups, axis=1)
         # Half a step, and what rounding the scale to fp16 costs at the far end (FORMATS 1.2).
         bound = (0.5 + (2**packed.bits - 1) * 2**-11) * steps
         assert (np.abs(dequantized(packed) - weight) <= bound).all()
@@ -137,12 +138,46 @@ def test_group_size_that_does_not_divide_names_the_linear_and_what_fits(tmp_path
     assert not (tmp_path / "c").exists()
 
 
-def test_a_scheme_that_no_graph_holds_is_refused(model: LoadedModel, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="No graph holds w4a8 yet") as caught:
-        tiny_checkpoint(tmp_path / "c", model, scheme="w4a8", group_size=128)
-    assert caught.value.code == "E2006"
-    assert caught.value.fix == ("--scheme w3a16", "--scheme w4a16")
+def test_group_size_that_the_scheme_lacks_is_refused(model: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="w4a8 has no groups of 64") as caught:
+        tiny_checkpoint(tmp_path / "c", model, scheme="w4a8", group_size=64)
+    assert caught.value.code == "E2004"
+    assert caught.value.fix == ("--group-size channel", "--group-size 128")
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("group_size", SCHEMES["w4a8"].group_sizes)
+def test_symmetric_codes_are_those_of_the_formula(
+    model: LoadedModel, tmp_path: Path, group_size: int
+) -> None:
+    """s = max(max |w|, 1e-5) / 7 in float32, or fp16 of max |w| / 7 in groups; q = rint(w / s)."""
+    found = tiny_checkpoint(tmp_path / "c", model, scheme="w4a8", group_size=group_size)
+    none = tiny_checkpoint(tmp_path / "n", model, scheme=None)
+    for name in found.linears:
+        packed = found.packed(name)
+        weight = none.tensor(f"{name}.weight").astype(np.float32)
+        grouped = weight.reshape(packed.n, packed.groups, -1)
+        largest = np.abs(grouped).max(-1)
+        dtype = np.float16 if group_size else np.float32
+        scales = (np.maximum(largest, np.float32(1e-5)) / np.float32(7)).astype(dtype)
+        np.testing.assert_array_equal(packed.scales, scales)
+        q = np.rint(grouped / scales[..., None].astype(np.float32)).reshape(weight.shape)
+        np.testing.assert_array_equal(signed_codes(packed), q)
+        assert np.abs(q).max() == 7
+
+
+@pytest.mark.parametrize(("group_size", "dtype"), [(0, "float32"), (128, "float16")])
+def test_metadata_says_how_activations_are_rounded(
+    model: LoadedModel, tmp_path: Path, group_size: int, dtype: str
+) -> None:
+    found = tiny_checkpoint(tmp_path / "c", model, scheme="w4a8", group_size=group_size)
+    assert found.info["scheme"] == {
+        "name": "w4a8", "bits": 4, "group_size": group_size, "symmetric": True,
+        "rounding": "half_even", "scale_dtype": dtype,
+        "activation": {"bits": 8, "granularity": "token", "symmetric": True, "dynamic": True},
+    }  # fmt: skip
+    assert found.config["quantization_config"]["sym"] is True
+    assert found.config["quantization_config"]["group_size"] == group_size
 
 
 def test_scales_of_a_deeper_model_are_refused(model: LoadedModel, tmp_path: Path) -> None:

@@ -12,7 +12,19 @@ TensorRT refuses UINT4 and zero points other than 0, and q - z of 4-bit codes sp
 
     y = x . (q - 8) s - sum over groups (sum of x in the group) * (z - 8) s
 
-with sums and products of the correction in fp32. Constants are [K, N]: [N, K] with a Transpose costs ONNX Runtime
+with sums and products of the correction in fp32.
+
+Where activations are rounded too, the token's scale stays outside of the quantize node, whose own scale is 1: a
+computed one is refused by TensorRT for a token axis that varies, or ignored. Per channel only, in fp32, because the
+sums of an int8 product may be stored in the type of its inputs before they are scaled, and pass what fp16 holds:
+
+    s = max(max |x|, 1e-5) / 127        d = DequantizeLinear(QuantizeLinear(x / s, 1), 1)
+    w = DequantizeLinear(Q [K, N], S [N]; axis 1)        y = MatMul(d, w) * s
+
+Q is INT4 for TensorRT and INT8 for ONNX Runtime, which then sums integers; INT4 it would multiply in floats, 90 times
+slower at 2048 x 2048. In groups TensorRT for RTX builds one int8 product over all of K: such graphs are never written.
+
+Constants are [K, N]: [N, K] with a Transpose costs ONNX Runtime
 its fused kernel (44 times slower at 2048 x 2048).
 """
 
@@ -20,29 +32,51 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
+from mbq_export.errors import UsageError
 from mbq_export.export import ops, weights
 from mbq_export.export.graph import FLOAT, add_constant, packed_nodes, packed_source
 from mbq_export.export.lowerings.base import Lowering
-from mbq_export.schemes.base import QuantScheme
+from mbq_export.schemes import SCHEMES
+from mbq_export.schemes.base import CHANNEL, QuantScheme
+from mbq_export.schemes.w4a8 import LARGEST_ACTIVATION, SMALLEST_ABSMAX
 
 if TYPE_CHECKING:
     from mbq_export.export.weights import PackedSource
 
 
 def supports(scheme: QuantScheme, target: str) -> str | None:
-    """Weight-only schemes of 3 or 4 bits, both targets."""
+    """Schemes with an operator, both targets."""
     del target
-    if scheme.act_bits != 16:
-        return f"{scheme.name} quantizes activations, which this form does not write"
-    if scheme.name not in ops.OPS:
-        return f"there is no mbq operator for {scheme.name}"
-    return None
+    return None if scheme.name in ops.OPS else f"there is no mbq operator for {scheme.name}"
+
+
+def check_group(scheme: QuantScheme, group_size: int) -> None:
+    """Refuse groups where activations are rounded too.
+
+    Raises:
+        UsageError: E2006.
+    """
+    if scheme.rounds_activations and group_size != CHANNEL:
+        raise UsageError(
+            "E2006",
+            f"{scheme.name} in groups of {group_size} has no qdq form.",
+            why=f"group-wise {scheme.name.upper()} needs the plugin lowering; TensorRT may compile this pattern to a "
+            "wrong result",
+            fix=("--group-size channel", "--lowering reference: small models, ONNX Runtime"),
+        )
 
 
 def lower(model: ir.Model, target: str) -> None:
-    """Replace every ``mbq`` node; the MatMul takes its name and its output."""
+    """Replace every ``mbq`` node; the MatMul takes its name and its output.
+
+    Raises:
+        UsageError: E2006 as `check_group`.
+    """
     for node in packed_nodes(model):
+        source = packed_source(node)
+        check_group(SCHEMES[source.scheme], source.group_size)
         _Rewrite(model.graph, node).run(target)
     model.opset_imports.pop(ops.DOMAIN, None)
 
@@ -55,6 +89,7 @@ class _Rewrite:
         self.node = node
         self.name = str(node.name)
         self.source: PackedSource = packed_source(node)
+        self.rounds = SCHEMES[self.source.scheme].rounds_activations
         x, out = node.inputs[0], node.outputs[0]
         assert x is not None
         assert x.dtype is not None
@@ -66,16 +101,7 @@ class _Rewrite:
 
     def run(self, target: str) -> None:
         """Emit the form of the target and remove the node."""
-        signed = self.source.bits == 3 or self.source.symmetric
-        if signed:
-            inputs = [self.signed(minus_zero=not self.source.symmetric), self.scales()]
-        elif target == "ort":
-            inputs = [self.unsigned(), self.scales(), self.zero_points()]
-        else:
-            inputs = [self.signed(minus_zero=False), self.scales()]
-        rows = self.matmul(inputs)
-        if not signed and target != "ort":
-            rows = self.corrected(rows)
+        rows = self.rounded_product(target) if self.rounds else self.weight_only(target)
         old = self.node.outputs[0]
         name = old.name
         self.graph.insert_before(self.node, self.added)
@@ -83,19 +109,77 @@ class _Rewrite:
         self.graph.remove(self.node, safe=True)
         rows.name = name
 
-    def matmul(self, inputs: list[ir.Value]) -> ir.Value:
-        source = self.source
+    def weight_only(self, target: str) -> ir.Value:
+        signed = self.source.bits == 3 or self.source.symmetric
+        if signed:
+            inputs = [self.signed(minus_zero=not self.source.symmetric), self.scales()]
+        elif target == "ort":
+            inputs = [self.unsigned(), self.scales(), self.zero_points()]
+        else:
+            inputs = [self.signed(minus_zero=False), self.scales()]
+        size = [self.source.k, self.source.n]
         weight = self.op(
-            "DequantizeLinear",
-            inputs,
-            "weight",
-            [source.k, source.n],
-            axis=0,
-            block_size=source.group_size,
+            "DequantizeLinear", inputs, "weight", size, axis=0, block_size=self.source.group_size
         )
-        rows = self.op("MatMul", [self.x, weight], "product", [*self.leading, source.n], name="")
+        rows = self.matmul(self.x, weight)
+        return rows if signed or target == "ort" else self.corrected(rows)
+
+    def matmul(self, x: ir.Value, weight: ir.Value) -> ir.Value:
+        dims = [*self.leading, self.source.n]
+        rows = self.op("MatMul", [x, weight], "product", dims, name="", dtype=weight.dtype)
         self.added[-1].metadata_props.update(self.node.metadata_props)
         return rows
+
+    def rounded_product(self, target: str) -> ir.Value:
+        """Integers times integers, then both scales, in FLOAT."""
+        source, wide = self.source, [*self.leading, self.source.n]
+        narrow = self.dtype != FLOAT
+        x_dims = [*self.leading, source.k]
+        x = self.float_op("Cast", [self.x], "x_fp32", x_dims, to=FLOAT) if narrow else self.x
+        step = self.token_scale(x, x_dims)
+        quotient = self.float_op("Div", [x, step], "x_steps", x_dims)
+        unit = [self.shared("unit_scale", np.float32(1)), self.shared("unit_zero", np.int8(0))]
+        codes = self.op(
+            "QuantizeLinear", [quotient, *unit], "x_codes", x_dims, dtype=ir.DataType.INT8
+        )
+        rounded = self.float_op("DequantizeLinear", [codes, *unit], "x_rounded", x_dims)
+        inputs = [self.signed_channels(target), self.channel_scales()]
+        weight = self.float_op("DequantizeLinear", inputs, "weight", [source.k, source.n], axis=1)
+        sums = self.matmul(rounded, weight)
+        scaled = self.float_op("Mul", [sums, step], "scaled", wide)
+        return self.op("Cast", [scaled], "rounded", wide, to=self.dtype) if narrow else scaled
+
+    def token_scale(self, x: ir.Value, dims: list[Any]) -> ir.Value:
+        """(.., 1) scale of each token."""
+        one = [*self.leading, 1]
+        sizes = self.float_op("Abs", [x], "x_sizes", dims)
+        last = self.shared("last_axis", np.array([-1], np.int64))
+        largest = self.float_op("ReduceMax", [sizes, last], "x_largest", one, keepdims=1)
+        smallest = self.shared("smallest_absmax", np.float32(SMALLEST_ABSMAX))
+        bounded = self.float_op("Max", [largest, smallest], "x_bounded", one)
+        steps = self.shared("largest_code", np.float32(LARGEST_ACTIVATION))
+        return self.float_op("Div", [bounded, steps], "x_scale", one)
+
+    def float_op(
+        self, op_type: str, inputs: list[ir.Value], suffix: str, dims: list[Any], **attributes: Any
+    ) -> ir.Value:
+        """An operator whose result is FLOAT whatever T is."""
+        return self.op(op_type, inputs, suffix, dims, dtype=FLOAT, **attributes)
+
+    def shared(self, name: str, number: np.generic | NDArray[Any]) -> ir.Value:
+        """A constant that all linears of the graph read."""
+        full = f"activations.{name}"
+        known = self.graph.initializers.get(full)
+        return known or self.constant(ir.Tensor(np.asarray(number), name=full))
+
+    def signed_channels(self, target: str) -> ir.Value:
+        dtype = ir.DataType.INT8 if target == "ort" else ir.DataType.INT4
+        name = f"{self.name}.qweight_{dtype.name.lower()}"
+        tensor = weights.signed_codes_tensor(name, self.source, minus_zero=False, dtype=dtype)
+        return self.constant(tensor)
+
+    def channel_scales(self) -> ir.Value:
+        return self.constant(weights.scales_tensor(f"{self.name}.channel_scales", self.source))
 
     def corrected(self, rows: ir.Value) -> ir.Value:
         """Subtract what the codes minus 8 get wrong."""
@@ -170,5 +254,10 @@ class _Rewrite:
 
 
 LOWERING: Final = Lowering(
-    name="qdq", dtypes=("fp32", "fp16"), keeps_functions=False, supports=supports, lower=lower
+    name="qdq",
+    dtypes=("fp32", "fp16"),
+    keeps_functions=False,
+    supports=supports,
+    lower=lower,
+    check_group=check_group,
 )

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_export.errors import FormatError, UsageError
+from mbq_export.errors import FormatError
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import CHANNEL, PackedWeight, QuantScheme, check_packed
 from mbq_export.schemes.layouts import LAYOUTS, dense
@@ -282,13 +282,7 @@ def _check(weight: PackedWeight, scheme: QuantScheme) -> None:
             why=f"in_features must be a multiple of {COLUMN_ALIGNMENT}, because they are read 16 bytes at a time",
             fix="leave the layer unquantized",
         )
-    if scheme.largest_k is not None and weight.k > scheme.largest_k:
-        raise UsageError(
-            "E2007",
-            f"{weight.k} products of {scheme.name} may overflow a 32-bit sum.",
-            why=f"the sum is exact up to in_features {scheme.largest_k}",
-            fix="--scheme w4a16",
-        )
+    scheme.check_columns(weight.k, weight.group_size)
 
 
 def _little(words: NDArray[np.uint32]) -> NDArray[np.uint32]:
