@@ -80,7 +80,7 @@ def test_a_finished_bundle_is_not_replaced_unasked(model: Path, bundle: Path) ->
         (["--wbits", "three"], "E2003", "(got 'three')"),
         (["--scheme", "w3a16", "--wbits", "4"], "E2002", "contradict each other"),
         (["--scheme", "w4"], "E2001", "Unknown scheme 'w4'."),
-        (["--group-size", "100"], "E2004", "Group size 100 does not divide in_features 128."),
+        (["--group-size", "100"], "E2004", "w3a16 has no groups of 100."),
         (["--method", "mqb"], "E2001", "Unknown method 'mqb'."),
         (["--compat", "yes"], "E2003", "'yes' is not one of none, mbq"),
         (["--samples", "0"], "E2003", "(got '0')"),

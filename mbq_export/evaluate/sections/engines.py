@@ -12,6 +12,7 @@ INT4: Final = "Int4"
 MEANINGS: Final = {
     "engine.A2": "quantized linears without Int4 constants",
     "engine.A3": "weights dequantized to memory",
+    "engine.A4": "linears of 8-bit activations without a product of integers",
     "engine.A5": "float constants as large as weights",
     "engine.A6.attention": "fused attention kernels",
     "engine.A6.cache": "cache tensors updated in place",
