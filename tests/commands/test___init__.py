@@ -86,7 +86,9 @@ def test_help_of_the_program_lists_every_command() -> None:
 
 
 def test_version_names_the_layouts() -> None:
-    assert re.fullmatch(r"mbq-export \d+\.\d+\.\d+ \(layouts: dense 1, w3t 1, w4t 1\)\n", tell("--version").out)
+    assert re.fullmatch(
+        r"mbq-export \d+\.\d+\.\d+ \(layouts: dense 1, w3t 1, w4t 1\)\n", tell("--version").out
+    )
 
 
 def test_globals_may_stand_behind_the_command() -> None:
