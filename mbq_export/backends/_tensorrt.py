@@ -7,19 +7,27 @@ Imports no TensorRT. The folder appears by one rename after everything in it is 
 """
 
 import logging
-import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from mbq_export.backends import _trt_flavour, _trt_layers
+from mbq_export.backends import _trt_flavour, _trt_layer_checks
 from mbq_export.backends._trt_flavour import Installed
-from mbq_export.backends._trt_job import JOB, LOG, PLAN, Job, Result
+from mbq_export.backends._trt_job import JOB, LOG, PLAN, PLUGINS, TIMES, Job, Result
 from mbq_export.backends._trt_layers import LayerTable, profile_shapes
 from mbq_export.backends._trt_outcome import Story, checked, keep_logs
+from mbq_export.backends._trt_preflight import (
+    AHEAD_OF_TIME,
+    check_device,
+    check_memory,
+    check_profile,
+    check_request,
+    graph_files,
+)
+from mbq_export.backends._trt_record import UNVERIFIED, write_records
 from mbq_export.backends.base import (
     Availability,
     EngineFile,
@@ -27,25 +35,14 @@ from mbq_export.backends.base import (
     EngineRecord,
     EngineRequest,
 )
-from mbq_export.errors import (
-    BuildError,
-    FormatError,
-    MachineError,
-    ResourceError,
-    UsageError,
-    located,
-)
+from mbq_export.errors import BuildError, InternalError, MachineError, located
 from mbq_export.native import PROBE_TIMEOUT_S, available_memory, local_gpu, run_child
+from mbq_export.plugin_library import PluginLibrary
 from mbq_export.progress import Progress, silent
 from mbq_export.reading import sha256_of
-from mbq_export.writing import json_bytes, publish, staging, write_file
+from mbq_export.writing import publish, staging
 
 logger = logging.getLogger(__name__)
-
-ENGINE_RECORD: Final = "engine.json"
-LAYER_RECORD: Final = "layers.json"
-SCHEMA: Final = 1
-UNVERIFIED: Final = "built ahead of time, not run on a device"
 
 WORKER: Final = (
     sys.executable,
@@ -55,19 +52,14 @@ WORKER: Final = (
     "-m",
     "mbq_export.backends._trt_worker",
 )
-OPT_LEVEL: Final = 3
-
-# Measured: 3.3 GB for 988 MB of weights, 0.3 GB for the sample model.
-BUILD_BYTES_PER_WEIGHT_BYTE: Final = 3.5
-BUILD_BYTES: Final = 1 << 29
-
 # The libraries map more than they touch: 0.75 GB of address space for a resident 0.2 GB.
 ADDRESS_SPACE_MARGIN: Final = 2 << 30
 
 REMINDER: Final = "has Int64 binding"
 """Said of every integer input, whoever feeds it and with what: no news to a user."""
 
-MOST_ELEMENTS: Final = 2**31
+FLAGS: Final = {"weight_streaming": "WEIGHT_STREAMING"}
+"""Builder flag of each option that is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,18 +115,21 @@ def build(
         What was written. Its checks may have failed; the caller's gates decide.
 
     Raises:
-        UsageError: E2008 for an impossible profile, E2012 for a target of another flavour.
-        MachineError: E3003, E3013.
+        UsageError: E2002 for an option that does not go with the flavour, E2008 for an impossible profile, E2012 for a
+            target of another flavour.
+        MachineError: E3001, E3003, E3005, E3013.
         FormatError: E4404 if a file holds no graph.
         ResourceError: E5001, E5003, E5004, E5006, E5008.
-        BuildError: E6001, E6002, E6003, E6005, E6012.
+        BuildError: E6001 to E6005, E6012.
+        IncompatibleError: E7003 for a plugin library without an operator of the graph.
     """
-    _check_target(flavour, request)
+    check_request(flavour, request)
     for graph in request.graphs:
         with located(graph.name):
             check_profile(graph)
             check_memory(graph)
     installed = _trt_flavour.find(flavour)
+    check_device(flavour, request, local_gpu())
     engines: dict[str, EngineFile] = {}
     tables: dict[str, LayerTable] = {}
     with staging(request.out) as folder:
@@ -144,7 +139,7 @@ def build(
                 engines[graph.name], tables[graph.name] = _one_engine(
                     graph, request, installed, folder, worker
                 )
-        _write_records(folder, request, installed, engines, tables)
+        write_records(folder, request, installed, engines, tables)
         publish(folder, request.out)
     progress(len(request.graphs), len(request.graphs), request.target.folder)
     return EngineRecord(
@@ -189,67 +184,6 @@ def run_job(
     return Outcome(result=result, workdir=job.workdir, seconds=child.seconds)
 
 
-def check_profile(graph: EngineGraph) -> None:
-    """Refuse profiles before TensorRT sees them: it accepts a smallest size of 0.
-
-    Raises:
-        UsageError: E2008.
-    """
-    symbols = [size for spec in graph.inputs for size in spec.shape if isinstance(size, str)]
-    for symbol in dict.fromkeys(symbols):
-        if symbol not in graph.sizes:
-            raise _bad_profile(f"{symbol} has no range", f"ranges given: {', '.join(graph.sizes)}")
-        sizes = graph.sizes[symbol]
-        found = f"{symbol} runs from {sizes.smallest} over {sizes.typical} to {sizes.largest}"
-        if sizes.smallest < 1:
-            raise _bad_profile(found, "the smallest size is at least 1")
-        if not sizes.smallest <= sizes.typical <= sizes.largest:
-            raise _bad_profile(found, "smallest <= typical <= largest")
-    for spec in graph.inputs:
-        elements = math.prod(profile_shapes(spec, graph)[-1])
-        if elements >= MOST_ELEMENTS:
-            raise _bad_profile(
-                f"{spec.name} would have {elements} elements",
-                f"a tensor has fewer than {MOST_ELEMENTS}",
-            )
-
-
-def check_memory(graph: EngineGraph, *, available: int | None = None) -> None:
-    """Compare the estimated peak of a build with what is free.
-
-    Args:
-        graph: What to build.
-        available: Free bytes; asked from the system if None.
-
-    Raises:
-        FormatError: E4404 if there is no such file.
-        ResourceError: E5003 with both numbers.
-    """
-    if not graph.onnx.is_file():
-        raise FormatError(
-            "E4404",
-            f"{graph.onnx} does not exist.",
-            why="every engine is built from an exported graph",
-            fix="export the model again",
-        )
-    weights = sum(path.stat().st_size for path in graph_files(graph.onnx))
-    peak = int(BUILD_BYTES_PER_WEIGHT_BYTE * weights) + BUILD_BYTES
-    free = available_memory() if available is None else available
-    if peak > free:
-        raise ResourceError(
-            "E5003",
-            f"Building {graph.name} needs about {peak / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB is free.",
-            why=f"{BUILD_BYTES_PER_WEIGHT_BYTE} times {weights / 2**20:.0f} MiB of weights, and 0.5 GiB",
-            fix=("close other programs", "build on a larger machine"),
-            context={"needed_bytes": peak, "available_bytes": free},
-        )
-
-
-def graph_files(onnx: Path) -> tuple[Path, ...]:
-    """A graph file and its external data, which lies beside it as ``<file>_data*``."""
-    return (onnx, *sorted(onnx.parent.glob(f"{onnx.name}_data*")))
-
-
 def _one_engine(
     graph: EngineGraph,
     request: EngineRequest,
@@ -263,6 +197,7 @@ def _one_engine(
         for path in graph_files(graph.onnx):
             (Path(work) / path.name).symlink_to(path.resolve())
         job = _job("build", installed, Path(work), graph, request)
+        _lay_out(job, request)
         outcome = run_job(job, installed, timeout_s=request.timeout_s, worker=worker, logs=logs)
         for warning in Story.read(outcome.workdir / LOG).warnings:
             level = logging.INFO if REMINDER in warning else logging.WARNING
@@ -270,12 +205,15 @@ def _one_engine(
         table = _table(outcome.workdir, logs)
         path = folder / f"{graph.name}.engine"
         (outcome.workdir / PLAN).replace(path)
+        if request.options.timing_cache is not None:
+            (outcome.workdir / TIMES).replace(folder / f"{graph.name}.timing")
     engine = EngineFile(
         path=request.out / path.name,
         sha256=sha256_of(path),
         size=path.stat().st_size,
         layers=len(table.layers),
-        checks=_trt_layers.checks(table, graph),
+        plugin_layers=outcome.result.plugin_layers,
+        checks=_trt_layer_checks.checks(table, graph),
         seconds=outcome.seconds,
         peak_rss_bytes=outcome.result.peak_rss_bytes,
     )
@@ -303,13 +241,20 @@ def _job(
     """Write down one call."""
     fields: dict[str, Any] = {}
     if graph is not None and request is not None:
+        options = request.options
+        ahead = installed.flavour.name in AHEAD_OF_TIME
         fields = {
             "onnx": graph.onnx.name,
             "inputs": tuple(spec.name for spec in graph.inputs),
             "outputs": tuple(spec.name for spec in graph.outputs),
             "profile": {spec.name: profile_shapes(spec, graph) for spec in graph.inputs},
-            "cc": (f"SM{request.target.sm}",),
-            "workspace_mib": graph.workspace_mib,
+            "cc": tuple(f"SM{device.sm}" for device in request.devices) if ahead else (),
+            "flags": tuple(flag for name, flag in FLAGS.items() if getattr(options, name)),
+            "workspace_mib": options.workspace_mib,
+            "opt_level": options.opt_level,
+            "timing_cache": options.timing_cache is not None,
+            "plugins": PLUGINS if graph.plugin_layers else "",
+            "plugin_layers": graph.plugin_layers,
         }
     return Job(
         op=op,
@@ -317,76 +262,36 @@ def _job(
         flavour=installed.flavour.name,
         module=installed.module,
         link=installed.flavour.link,
-        library=str(installed.library),
-        opt_level=OPT_LEVEL,
+        library=str(installed.library or ""),
         **fields,
     )
 
 
-def _write_records(
-    folder: Path,
-    request: EngineRequest,
-    installed: Installed,
-    engines: dict[str, EngineFile],
-    tables: dict[str, LayerTable],
-) -> None:
-    """Write ``engine.json`` and ``layers.json``: no times, so that two builds are equal."""
-    record = {
-        "schema": SCHEMA,
-        "flavour": installed.flavour.name,
-        "version": installed.version,
-        "sm": [request.target.folder],
-        "op_level": request.target.op_level,
-        "verified": False,
-        "why": UNVERIFIED,
-        "engines": {
-            graph.name: _engine_entry(graph, engines[graph.name]) for graph in request.graphs
-        },
-    }
-    layers = {
-        "schema": _trt_layers.SCHEMA,
-        "library": installed.label,
-        "engines": {name: table.as_json() for name, table in tables.items()},
-    }
-    write_file(folder / ENGINE_RECORD, json_bytes(record))
-    write_file(folder / LAYER_RECORD, json_bytes(layers))
+def _lay_out(job: Job, request: EngineRequest) -> None:
+    """Put what the child reads beside its job: its paths must not differ between two builds.
+
+    Raises:
+        InternalError: E9001 if a graph wants plugins and nobody found a library.
+    """
+    if job.plugins:
+        if request.plugins is None:
+            raise InternalError("E9001", "A graph with plugins was to be built without a library.")
+        _link_plugins(request.plugins, job.workdir)
+    if request.options.timing_cache is not None and request.options.timing_cache.is_file():
+        (job.workdir / TIMES).write_bytes(request.options.timing_cache.read_bytes())
 
 
-def _engine_entry(graph: EngineGraph, engine: EngineFile) -> dict[str, Any]:
-    """One engine in ``engine.json``."""
-    return {
-        "file": engine.path.name,
-        "sha256": engine.sha256,
-        "bytes": engine.size,
-        "onnx": {path.name: sha256_of(path) for path in graph_files(graph.onnx)},
-        "lowering": graph.lowering,
-        "inputs": [asdict(spec) for spec in graph.inputs],
-        "outputs": [asdict(spec) for spec in graph.outputs],
-        "profiles": [{spec.name: profile_shapes(spec, graph) for spec in graph.inputs}],
-        "flags": [],
-        "workspace_mib": graph.workspace_mib,
-        "opt_level": OPT_LEVEL,
-        "layers": engine.layers,
-        "plugin_layers_expected": 0,
-        "plugin_layers_found": 0,
-        "checks": [check.as_json() for check in engine.checks],
-    }
+def _link_plugins(library: PluginLibrary, workdir: Path) -> None:
+    """Give the child the library that was checked.
 
-
-def _check_target(flavour: str, request: EngineRequest) -> None:
-    if request.target.flavour != flavour:
-        raise UsageError(
-            "E2012",
-            f"{flavour} cannot build for target {request.target}.",
-            why=f"the target asks for {request.target.flavour}",
-            fix=f"--target {request.target.name}:{flavour}",
+    Raises:
+        MachineError: E3005 if it is not that any more.
+    """
+    if not library.path.is_file() or sha256_of(library.path) != library.sha256:
+        raise MachineError(
+            "E3005",
+            f"{library.path} has changed or gone since it was found.",
+            why=f"its SHA-256 was {library.sha256[:16]}...",
+            fix=("run the command again", "mbq-export plugins build"),
         )
-
-
-def _bad_profile(found: str, rule: str) -> UsageError:
-    return UsageError(
-        "E2008",
-        f"The optimization profile is invalid: {found}.",
-        why=rule,
-        fix="--max-context N",
-    )
+    (workdir / PLUGINS).symlink_to(library.path)

@@ -5,6 +5,7 @@ process if there is none; the wheel ships only ``libtensorrt_rtx.so.1``. So each
 with a link of the plain name, first on its library path. Nothing in site-packages is changed.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -30,12 +31,12 @@ class Flavour:
     """One packaging of TensorRT.
 
     Attributes:
-        name: ``rtx``.
+        name: ``rtx`` or ``trt``.
         title: What people call it.
         modules: Import names, newest first.
-        distributions: Their packages, in the same order.
-        libraries: Package that holds the shared libraries.
-        link: Name by which its parser opens the library.
+        distributions: Packages that tell its version, the first that is there.
+        libraries: Package that holds the shared libraries, or nothing where the module finds its own.
+        link: Name by which its parser opens the library, or nothing.
         extra: Extra of this project that installs it.
     """
 
@@ -63,6 +64,15 @@ FLAVOURS: Final = {
         link="libtensorrt_rtx.so",
         extra="rtx",
     ),
+    "trt": Flavour(
+        name="trt",
+        title="TensorRT",
+        modules=("tensorrt",),
+        distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+        libraries="",
+        link="",
+        extra="trt",
+    ),
 }
 
 
@@ -74,13 +84,13 @@ class Installed:
         flavour: Which.
         module: Name to import, in the child only.
         version: Of its package, for example ``1.7.1.116``.
-        library: The shared library that the link must lead to.
+        library: The shared library that the link must lead to; None where there is no link.
     """
 
     flavour: Flavour
     module: str
     version: str
-    library: Path
+    library: Path | None
 
     @property
     def label(self) -> str:
@@ -98,12 +108,10 @@ def find(name: str) -> Installed:
     module = next((each for each in flavour.modules if importlib.util.find_spec(each)), None)
     if module is None:
         raise missing(flavour, f"searched: {', '.join(flavour.modules)}")
-    library = _library(flavour)
-    if library is None:
+    library = _library(flavour) if flavour.libraries else None
+    if flavour.libraries and library is None:
         raise missing(flavour, f"{module} is there, {flavour.link}.* of {flavour.libraries} is not")
-    return Installed(
-        flavour=flavour, module=module, version=_version(flavour, module), library=library
-    )
+    return Installed(flavour=flavour, module=module, version=_version(flavour), library=library)
 
 
 def missing(flavour: Flavour, found: str) -> MachineError:
@@ -132,7 +140,8 @@ def child_environment(installed: Installed, workdir: Path) -> dict[str, str]:
     """
     links = workdir / LINKS
     links.mkdir(mode=0o700)
-    (links / installed.flavour.link).symlink_to(installed.library)
+    if installed.library is not None:
+        (links / installed.flavour.link).symlink_to(installed.library)
     kept = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     root = str(Path(mbq_export.__file__).parents[1])
     return {
@@ -156,9 +165,8 @@ def _library(flavour: Flavour) -> Path | None:
     return None
 
 
-def _version(flavour: Flavour, module: str) -> str:
-    distribution = dict(zip(flavour.modules, flavour.distributions, strict=True))[module]
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+def _version(flavour: Flavour) -> str:
+    for distribution in flavour.distributions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return "unknown"

@@ -13,6 +13,9 @@ SCHEMA: Final = 1
 JOB: Final = "job.json"
 RESULT: Final = "result.json"
 PLAN: Final = "plan.partial"
+TIMES: Final = "timing.cache"
+PLUGINS: Final = "./libmbq_trt_plugins.so"
+"""The plugin library as the child names it: with a slash, or it would be searched for."""
 LOG: Final = "native.log"
 STAGE_MARK: Final = "[mbq] stage "
 """Begins the lines in which the child names what it does next."""
@@ -41,15 +44,19 @@ class Job:
         workdir: Private folder of the call.
         flavour: Name of the flavour.
         module: Module to import.
-        link: Plain name of the library, as the parser opens it.
+        link: Plain name of the library, as the parser opens it; empty where nothing opens it that way.
         library: The file that name must lead to.
+        plugins: Plugin library to load, or nothing.
+        plugin_layers: Names of the nodes that must become plugin layers, by operator.
         onnx: Graph file, a name in ``workdir``.
         inputs: Input names of the contract.
         outputs: Output names of the contract.
         profile: Shapes of the single profile.
-        cc: Devices, as ``SM89``.
+        cc: Devices to build for, as ``SM89``; none for the GPU of this machine.
+        flags: Builder flags, by name.
         workspace_mib: Scratch memory the builder may plan with.
         opt_level: Builder optimization level.
+        timing_cache: Whether to read and write `TIMES`.
     """
 
     op: str
@@ -58,13 +65,17 @@ class Job:
     module: str
     link: str
     library: str
+    plugins: str = ""
+    plugin_layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     onnx: str = ""
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     profile: Profile = field(default_factory=dict)
     cc: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     workspace_mib: int = 1024
     opt_level: int = 3
+    timing_cache: bool = False
 
     def write(self) -> Path:
         """Write it into its folder and return the file."""
@@ -78,8 +89,10 @@ class Job:
         """Undo `write`."""
         fields = json.loads(path.read_bytes())
         fields.pop("schema")
-        tuples = {key: tuple(fields[key]) for key in ("inputs", "outputs", "cc")}
-        return cls(**{**fields, **tuples, "workdir": Path(fields["workdir"])})
+        tuples = {key: tuple(fields[key]) for key in ("inputs", "outputs", "cc", "flags")}
+        layers = {op: tuple(names) for op, names in fields["plugin_layers"].items()}
+        nested = {"plugin_layers": layers, "workdir": Path(fields["workdir"])}
+        return cls(**{**fields, **tuples, **nested})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +106,7 @@ class Result:
         version: Version the library reports.
         devices: Devices it can build for.
         network_layers: Layers after the parse.
+        plugin_layers: Plugin layers among them, by operator.
         plan_bytes: Size of the engine.
         parse_s: Seconds of the parse.
         build_s: Seconds of the build.
@@ -105,6 +119,7 @@ class Result:
     version: str = ""
     devices: tuple[str, ...] = ()
     network_layers: int = 0
+    plugin_layers: Mapping[str, int] = field(default_factory=dict)
     plan_bytes: int = 0
     parse_s: float = 0.0
     build_s: float = 0.0

@@ -1,4 +1,4 @@
-"""The layer table of an engine, read from the build log, and what must hold in it.
+"""The layer table of an engine, read from the build log.
 
 Without a GPU an engine cannot be loaded, so there is no inspector. But a verbose build prints the table::
 
@@ -17,9 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from mbq_export.backends.base import EngineGraph, QuantizedLinear, SizeRange, TensorSpec
+from mbq_export.backends.base import EngineGraph, SizeRange, TensorSpec
 from mbq_export.errors import BuildError
-from mbq_export.report import Check
 
 SCHEMA: Final = 1
 ROW_MARK: Final = "LayerType:"
@@ -36,19 +35,16 @@ NUMPY_NAMES: Final = {
     "Int64": "int64", "Int32": "int32", "Int8": "int8", "Bool": "bool",
 }  # fmt: skip
 FLOATS: Final = frozenset({"Half", "Float", "BFloat16"})
-
-BYTES_TOLERANCE: Final = 0.02
-"""A7: share by which constants may differ from the exporter's count."""
-
-DROPPED_TYPES: Final = frozenset({"Int64", "Int32", "Bool"})
-"""Constants of these types are shapes, indices and masks, which the builder folds away: not counted."""
+PLUGIN_ROW: Final = "custom_layer"
+"""Type of the row of a plugin."""
 
 _ROW = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<type>\w+), Inputs: \[(?P<in>.*?)\], Constants: \[(?P<const>.*?)\], "
     r"Outputs: \[(?P<out>.*?)\], TacticName: (?P<tactic>.*?), StreamId: -?\d+(?:, \w+: -?\w+)*, Metadata:(?P<meta>.*)$"
 )
 _TENSOR = re.compile(
-    r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[^\]]*)\], .*?Datatype: (?P<type>\w+), "
+    r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[^\]]*)\], Strides: \[(?P<strides>[^\]]*)\], "
+    r".*?Datatype: (?P<type>\w+), "
 )
 _IO = re.compile(
     r"Name: (?P<name>.*?), IOMode: (?P<mode>\w+), DataType: (?P<type>\w+), Dimensions: \[(?P<dims>[^\]]*)\]"
@@ -59,16 +55,27 @@ _NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f]?\[|[\x1e\x1f]?\s*$)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerTensor:
-    """A tensor in a row: ``Dimensions`` hold -1 where a size varies."""
+    """A tensor in a row: ``dims`` hold -1 where a size varies, ``strides`` where one depends on it."""
 
     name: str
     type: str
     dims: tuple[int, ...]
+    strides: tuple[int, ...] = ()
 
     @property
     def elements(self) -> int:
         """Number of elements; sizes that vary count as one."""
         return math.prod(abs(size) for size in self.dims)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether it lies row after row, as far as the sizes that do not vary tell."""
+        wanted = 1
+        for size, stride in reversed(list(zip(self.dims, self.strides, strict=True))):
+            if size != 1 and stride != wanted:
+                return False
+            wanted = wanted * size if size > 0 and wanted > 0 else -1
+        return True
 
     @property
     def size(self) -> int:
@@ -165,124 +172,6 @@ class LayerTable:
         return tuple(layer for layer in self.layers if node in layer.onnx)
 
 
-def checks(table: LayerTable, graph: EngineGraph) -> tuple[Check, ...]:
-    """Compare an engine with what was asked for.
-
-    ``A2`` each quantized linear multiplies from an Int4 constant, ``A3`` no row writes dequantized weights to
-    memory, ``A5`` no other constant of a quantized linear is as large as its weights, ``A6`` attention is fused
-    and the cache is updated in place, ``A7`` all constants together weigh what the exporter counted, ``A8``
-    inputs, outputs and profile are the contract's.
-    """
-    found = [_weights_stay_int4(table, graph.linears), _no_slow_dequantize(table)]
-    found.append(_weights_stay_packed(table, graph.linears))
-    if graph.attention_layers is not None:
-        found.append(_count("A6.attention", len(_fused_attention(table)), graph.attention_layers))
-    if graph.kv_updates is not None:
-        found.append(_count("A6.cache", len(_updated_in_place(table)), graph.kv_updates))
-    if graph.weight_bytes is not None:
-        found.append(_weighs(table, graph.weight_bytes))
-    found.append(_same_interface(table, graph))
-    return tuple(found)
-
-
-def _weights_stay_int4(table: LayerTable, linears: tuple[QuantizedLinear, ...]) -> Check:
-    """A2."""
-
-    def holds(linear: QuantizedLinear) -> bool:
-        rows = table.rows_of(linear.node)
-        return any(each.type == "Int4" for row in rows for each in row.constants)
-
-    return _none_of(
-        "A2", [linear.node for linear in linears if not holds(linear)], "no Int4 constant"
-    )
-
-
-def _no_slow_dequantize(table: LayerTable) -> Check:
-    """A3: a row that reads Int4 and writes as many halves puts a dequantized weight into memory."""
-    bad: list[str] = []
-    for row in table.layers:
-        packed = {each.elements for each in row.constants if each.type == "Int4"}
-        written = {each.elements for each in row.outputs if each.type in FLOATS}
-        if packed & written:
-            bad.extend(row.onnx or (row.name,))
-    return _none_of("A3", bad, "dequantized to memory before the multiplication")
-
-
-def _weights_stay_packed(table: LayerTable, linears: tuple[QuantizedLinear, ...]) -> Check:
-    """A5: beside its scales a row of linears needs no float constant longer than a bias or a norm's weight."""
-    named = {linear.node: linear for linear in linears}
-    bad = []
-    for row in table.layers:
-        here = [named[node] for node in row.onnx if node in named]
-        allowed = sum(_scales_of(here))
-        for each in row.constants:
-            as_long = any(linear.shape[1] in each.dims for linear in here)
-            if each.type in FLOATS and as_long and each.elements > allowed:
-                nodes = ", ".join(linear.node for linear in here)
-                bad.append(f"{nodes} ({each.elements} elements, {allowed} allowed)")
-    return _none_of("A5", bad, "a float constant as large as weights")
-
-
-def _scales_of(linears: list[QuantizedLinear]) -> list[int]:
-    """Elements that each linear's scales, or a vector of its inputs or outputs, may have."""
-    return [
-        max(n * math.ceil(k / linear.group_size), n, k)
-        for linear in linears
-        for n, k in (linear.shape,)
-    ]
-
-
-def _fused_attention(table: LayerTable) -> list[Layer]:
-    """Rows that are one fused attention kernel; the compiler calls them ``_gemm_mha_v2_..``."""
-    return [row for row in table.layers if "_mha_" in row.name]
-
-
-def _updated_in_place(table: LayerTable) -> list[str]:
-    """Outputs that some row reads and writes: cache and output share memory."""
-    outputs = {each.name for each in table.io if each.mode == "Output"}
-    return [
-        each.name
-        for row in table.layers
-        for each in row.outputs
-        if each.name in outputs and each.name in {read.name for read in row.inputs}
-    ]
-
-
-def _weighs(table: LayerTable, expected: int) -> Check:
-    """A7."""
-    constants = {
-        each.name: each.size
-        for row in table.layers
-        for each in row.constants
-        if each.type not in DROPPED_TYPES
-    }
-    found = sum(constants.values())
-    difference = abs(found - expected) / max(expected, 1)
-    return Check(
-        name="engine.A7",
-        ok=difference <= BYTES_TOLERANCE,
-        tier="engine",
-        value=difference,
-        threshold=BYTES_TOLERANCE,
-        why=f"constants weigh {found} bytes, the exporter counted {expected}",
-    )
-
-
-def _same_interface(table: LayerTable, graph: EngineGraph) -> Check:
-    """A8: names, types and profile shapes."""
-    found = {each.name: each for each in table.io}
-    wrong = sorted(found.keys() ^ {spec.name for spec in (*graph.inputs, *graph.outputs)})
-    for spec in (*graph.inputs, *graph.outputs):
-        tensor = found.get(spec.name)
-        if tensor is not None and NUMPY_NAMES.get(tensor.type) != spec.dtype:
-            wrong.append(f"{spec.name} is {tensor.type}, not {spec.dtype}")
-    for spec in graph.inputs:
-        shapes = profile_shapes(spec, graph)
-        if spec.name in found and found[spec.name].profile not in {(), shapes}:
-            wrong.append(f"{spec.name} has profile {found[spec.name].profile}, not {shapes}")
-    return _none_of("A8", wrong, "differs from the graph's contract")
-
-
 def profile_shapes(spec: TensorSpec, graph: EngineGraph) -> tuple[tuple[int, ...], ...]:
     """Smallest, typical and largest shape of an input, each symbol replaced from ``graph.sizes``."""
     ranges = [
@@ -295,30 +184,6 @@ def profile_shapes(spec: TensorSpec, graph: EngineGraph) -> tuple[tuple[int, ...
         tuple(each.smallest for each in ranges),
         tuple(each.typical for each in ranges),
         tuple(each.largest for each in ranges),
-    )
-
-
-def _count(name: str, found: int, expected: int) -> Check:
-    return Check(
-        name=f"engine.{name}",
-        ok=found == expected,
-        tier="engine",
-        value=found,
-        threshold=expected,
-        why="" if found == expected else f"expected {expected}, found {found}",
-    )
-
-
-def _none_of(rule: str, bad: list[str], what: str) -> Check:
-    """A check that a list of offenders is empty."""
-    return Check(
-        name=f"engine.{rule}",
-        ok=not bad,
-        tier="engine",
-        value=len(bad),
-        threshold=0,
-        place=", ".join(bad[:3]),
-        why=f"{what}: {', '.join(bad[:3])}{', ..' if len(bad) > 3 else ''}" if bad else "",
     )
 
 
@@ -340,7 +205,12 @@ def _layer(line: str) -> Layer:
 
 def _tensors(text: str, line: str) -> tuple[LayerTensor, ...]:
     tensors = tuple(
-        LayerTensor(name=each["name"], type=each["type"], dims=_sizes(each["dims"]))
+        LayerTensor(
+            name=each["name"],
+            type=each["type"],
+            dims=_sizes(each["dims"]),
+            strides=_sizes(each["strides"]),
+        )
         for each in _TENSOR.finditer(text)
     )
     unknown = {each.type for each in tensors} - BITS.keys()

@@ -1,7 +1,7 @@
 """Every way in which a TensorRT child can end, and what each one is called.
 
 result.json says yes         the result
-result.json says no          E3003 E3013 E4404 E2008 E2012 E5004 E6001 E6002 E6005, by its kind
+result.json says no          E2002 E2008 E2012 E3003 E3005 E3013 E4404 E5004 E6001 E6002 E6004 E6005 E7003, by its kind
 the time limit ended it      E5006
 SIGKILL by somebody else     E5004, the out-of-memory killer
 SIGABRT with the soname text E3013
@@ -22,6 +22,7 @@ from mbq_export.backends._trt_job import JOB, LOG, STAGE_MARK, Job, Result
 from mbq_export.errors import (
     BuildError,
     FormatError,
+    IncompatibleError,
     InternalError,
     MachineError,
     MbqError,
@@ -139,6 +140,30 @@ MEANINGS: Final = {
         code="E2012",
         why="this version of the library has no code for that device",
         fix=("build on the device with --target NAME:trt",),
+    ),
+    "trt-option": Meaning(
+        error=UsageError,
+        code="E2002",
+        why="options of the builder differ between versions",
+        fix=("leave the option out", "delete the timing cache"),
+    ),
+    "plugin-load": Meaning(
+        error=MachineError,
+        code="E3005",
+        why="the file is damaged, for another processor, or needs what is not there",
+        fix=("mbq-export plugins build", "--plugin-lib FILE", "--lowering qdq needs no plugins"),
+    ),
+    "plugin-creator": Meaning(
+        error=IncompatibleError,
+        code="E7003",
+        why="the library is of another release",
+        fix=("mbq-export plugins build", "--lowering qdq needs no plugins"),
+    ),
+    "plugin-count": Meaning(
+        error=BuildError,
+        code="E6004",
+        why="the parser takes a function's body, or another plugin, where names or namespaces differ: right, and slow",
+        fix=("export the graph again", _REPORT),
     ),
     "trt-memory": Meaning(
         error=ResourceError,

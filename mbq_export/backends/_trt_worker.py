@@ -24,7 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from mbq_export.backends._trt_job import PLAN, STAGE_MARK, Job, Refused, Result
+from mbq_export.backends import _trt_versions
+from mbq_export.backends._trt_job import PLAN, STAGE_MARK, TIMES, Job, Refused, Result
+from mbq_export.backends._trt_plugins import count_plugins, load_plugins
 from mbq_export.native import peak_memory
 
 PR_SET_PDEATHSIG: Final = 1
@@ -36,7 +38,7 @@ def probe(trt: Any, _job: Job) -> Result:
     """Make a builder, the smallest thing that needs the whole library."""
     if trt.Builder(_logger(trt)) is None:
         raise Refused("trt-build", "TensorRT made no builder.")
-    return Result(version=str(trt.__version__), devices=_devices(trt))
+    return Result(version=str(trt.__version__), devices=_trt_versions.devices(trt))
 
 
 def parse(trt: Any, job: Job) -> Result:
@@ -58,6 +60,8 @@ def build(trt: Any, job: Job) -> Result:
         file.write(memoryview(plan))
         file.flush()
         os.fsync(file.fileno())
+    if job.timing_cache:
+        _trt_versions.write_timing_cache(config, Path(TIMES))
     return result.having(plan_bytes=plan.nbytes, build_s=time.monotonic() - started)
 
 
@@ -112,17 +116,22 @@ def _stage(name: str) -> None:
 def _loaded(job: Job) -> Any:
     """Import TensorRT after making sure that its plain library name leads to the one that was found.
 
+    Full TensorRT has no such link: its own package finds its library.
+
     Raises:
         Refused: ``trt-soname`` or ``trt-missing``.
     """
     try:
-        ctypes.CDLL(job.link)
+        if job.link:
+            ctypes.CDLL(job.link)
     except OSError as error:
         raise Refused("trt-soname", f"{job.link} cannot be opened: {error}.") from error
     try:
         trt = importlib.import_module(job.module)
     except ImportError as error:
         raise Refused("trt-missing", f"{job.module} cannot be imported: {error}.") from error
+    if not job.link:
+        return trt
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
     copies = sorted(path for path in mapped if Path(path).name.startswith(job.link))
     if copies != [job.library]:
@@ -138,16 +147,21 @@ def _parsed(trt: Any, job: Job) -> tuple[Result, Any, Any, Any]:
     """Parse from the file, so that external data of any size is found.
 
     Raises:
-        Refused: ``trt-parse``, ``onnx-empty`` or ``trt-io``.
+        Refused: ``trt-parse``, ``onnx-empty``, ``trt-io``, ``plugin-load``, ``plugin-creator`` or ``plugin-count``.
     """
-    _stage("parse")
-    started = time.monotonic()
     logger = _logger(trt)
     builder = trt.Builder(logger)
-    network = builder.create_network(_network_flags(trt))
+    if job.plugins:
+        _stage("plugins")
+        load_plugins(builder.get_plugin_registry(), job)
+    _stage("parse")
+    started = time.monotonic()
+    network = builder.create_network(_trt_versions.network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job.onnx):
-        found = tuple(_described(parser.get_error(i)) for i in range(parser.num_errors))
+        found = tuple(
+            _trt_versions.parser_error(parser.get_error(i)) for i in range(parser.num_errors)
+        )
         raise Refused("trt-parse", "The parser refused the graph.", found)
     if network.num_layers == 0:
         raise Refused(
@@ -160,6 +174,7 @@ def _parsed(trt: Any, job: Job) -> tuple[Result, Any, Any, Any]:
     result = Result(
         version=str(trt.__version__),
         network_layers=network.num_layers,
+        plugin_layers=count_plugins(network, job.plugin_layers),
         parse_s=time.monotonic() - started,
     )
     return result, builder, network, (parser, logger)
@@ -176,35 +191,20 @@ def _compare(what: str, expected: tuple[str, ...], found: list[str]) -> None:
         )
 
 
-def _network_flags(trt: Any) -> int:
-    """Strong typing by name: its number differs between versions, and from 11 on there is nothing else."""
-    flag = trt.NetworkDefinitionCreationFlag.__members__.get("STRONGLY_TYPED")
-    return 0 if flag is None else 1 << int(flag)
-
-
-def _described(error: Any) -> str:
-    """One parser error: node, operator, text, and the function it happened in."""
-    stack = [str(name) for name in error.local_function_stack()]
-    inside = f" in function {' > '.join(stack)}" if stack else ""
-    return f"node {error.node_name()!r} ({error.node_operator()}){inside}: {error.desc()}"
-
-
 def _configured(trt: Any, job: Job, builder: Any, network: Any) -> Any:
     """The builder's configuration: one profile, named devices, verbose layer table.
 
     Raises:
-        Refused: ``trt-profile`` or ``trt-target``.
+        Refused: ``trt-profile``, ``trt-target`` or ``trt-option``.
     """
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.builder_optimization_level = job.opt_level
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_mib << 20)
-    config.num_compute_capabilities = len(job.cc)
-    for index, name in enumerate(job.cc):
-        capability = trt.ComputeCapability.__members__.get(name)
-        if capability is None or not config.set_compute_capability(capability, index):
-            known = f"it knows {', '.join(_devices(trt))}"
-            raise Refused("trt-target", f"The library cannot build for {name}.", (known,))
+    _trt_versions.set_devices(trt, config, job.cc)
+    _trt_versions.set_flags(trt, config, job.flags)
+    if job.timing_cache:
+        _trt_versions.read_timing_cache(config, Path(TIMES))
     profile = builder.create_optimization_profile()
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
     for tensor in (each for each in tensors if -1 in tuple(each.shape)):
@@ -216,10 +216,6 @@ def _configured(trt: Any, job: Job, builder: Any, network: Any) -> Any:
     if config.add_optimization_profile(profile) < 0:
         raise Refused("trt-profile", "TensorRT refused the profile.")
     return config
-
-
-def _devices(trt: Any) -> tuple[str, ...]:
-    return tuple(name for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 
 from numpy.typing import NDArray
 
+from mbq_export.plugin_library import PluginLibrary
 from mbq_export.progress import Progress
 from mbq_export.report import Check
 from mbq_export.target import Target
@@ -106,12 +107,14 @@ class QuantizedLinear:
     Attributes:
         node: Name of its MatMul node in the ONNX graph.
         shape: (N, K).
-        group_size: Columns that share a scale.
+        group_size: Columns that share a scale; 0 for one scale per row.
+        act_bits: Width of the activations that it multiplies.
     """
 
     node: str
     shape: tuple[int, int]
     group_size: int
+    act_bits: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +131,7 @@ class EngineGraph:
         attention_layers: Fused attention rows expected, or None if the graph decomposes attention.
         kv_updates: In-place cache updates expected, or None.
         weight_bytes: Bytes of all constants by the exporter's count, or None to skip that check.
-        workspace_mib: Scratch memory the builder may plan with.
+        plugin_layers: Names of the nodes that must become plugin layers, by operator.
         lowering: Form of the graph, recorded.
     """
 
@@ -141,18 +144,38 @@ class EngineGraph:
     attention_layers: int | None = None
     kv_updates: int | None = None
     weight_bytes: int | None = None
-    workspace_mib: int = 1024
+    plugin_layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lowering: str = "qdq"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuilderOptions:
+    """How the builder works; recorded with every engine.
+
+    Attributes:
+        workspace_mib: Scratch memory the builder may plan with.
+        opt_level: Builder optimization level.
+        weight_streaming: Let the device keep weights in host memory and fetch them while it runs.
+        timing_cache: File with the times of kernels that an earlier build measured, or None.
+    """
+
+    workspace_mib: int = 1024
+    opt_level: int = 3
+    weight_streaming: bool = False
+    timing_cache: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRequest:
-    """What to build: all graphs of one device, into one folder.
+    """What to build: all graphs of one plan, into one folder.
 
     Attributes:
         graphs: The files, one engine each.
         target: Device and flavour.
+        also: Further devices of the same flavour that the engines must run on.
         out: Folder to publish, whole or not at all.
+        plugins: Library to load before a graph with plugin layers is read.
+        options: How to build.
         logs: Where the child's logs go when it fails; default ``<out>.logs``.
         timeout_s: Limit for one engine.
     """
@@ -160,8 +183,16 @@ class EngineRequest:
     graphs: tuple[EngineGraph, ...]
     target: Target
     out: Path
+    also: tuple[Target, ...] = ()
+    plugins: PluginLibrary | None = None
+    options: BuilderOptions = field(default_factory=BuilderOptions)
     logs: Path | None = None
     timeout_s: float = 3600.0
+
+    @property
+    def devices(self) -> tuple[Target, ...]:
+        """All devices, `target` first."""
+        return (self.target, *self.also)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +204,7 @@ class EngineFile:
         sha256: Its hash.
         size: Its bytes.
         layers: Rows of its layer table.
+        plugin_layers: Number of plugin layers that the parser made, by operator.
         checks: What was asserted about that table; the caller's gates decide about a failure.
         seconds: Wall time of parse and build.
         peak_rss_bytes: Largest memory of the child.
@@ -182,6 +214,7 @@ class EngineFile:
     sha256: str
     size: int
     layers: int
+    plugin_layers: Mapping[str, int]
     checks: tuple[Check, ...]
     seconds: float
     peak_rss_bytes: int

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol
 
-from mbq_export.backends._tensorrt import ENGINE_RECORD, LAYER_RECORD
+from mbq_export.backends._trt_record import ENGINE_RECORD, LAYER_RECORD
 from mbq_export.bundle import MANIFEST, Bundle, unlisted_files
 from mbq_export.channel_scales import ChannelScales
 from mbq_export.checkpoint import CHECKPOINT_FILE, QuantCheckpoint

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mbq_export.backends import BACKENDS
-from mbq_export.backends._tensorrt import ENGINE_RECORD
+from mbq_export.backends._trt_record import ENGINE_RECORD
 from mbq_export.backends.base import (
     EngineGraph,
     EngineRecord,
@@ -20,6 +20,7 @@ from mbq_export.export.record import ExportRecord, GraphRecord, Port
 from mbq_export.pipeline.plan import Plan
 from mbq_export.progress import Progress, silent
 from mbq_export.reading import read_json
+from mbq_export.schemes import SCHEMES
 
 TYPICAL_TILES: Final = 5
 LARGEST_CHUNK: Final = 512
@@ -138,7 +139,10 @@ def _engine_graph(
         sizes=dict(sizes),
         linears=tuple(
             QuantizedLinear(
-                node=linear.node, shape=(linear.n, linear.k), group_size=linear.group_size
+                node=linear.node,
+                shape=(linear.n, linear.k),
+                group_size=linear.group_size,
+                act_bits=SCHEMES[linear.scheme].act_bits,
             )
             for linear in quantized
         ),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mbq_export.backends import BACKENDS, rtx
-from mbq_export.backends._tensorrt import ENGINE_RECORD
+from mbq_export.backends._trt_record import ENGINE_RECORD
 from mbq_export.backends.base import EngineRequest
 from mbq_export.errors import MbqError
 from mbq_export.progress import silent
