@@ -30,6 +30,7 @@ PROBE_TIMEOUT_S: Final = 10.0
 
 SOURCE_FOLDERS: Final = ("kernels/include", "kernels/src", "plugins")
 """What a plugin library is compiled from, below `source_root`."""
+SOURCE_SUFFIXES: Final = frozenset({".h", ".cuh", ".inc", ".cu", ".cpp", ".map", ".cmake", ".txt"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +157,7 @@ def source_files(root: Path) -> list[Path]:
         path
         for folder in SOURCE_FOLDERS
         for path in (root / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and path.suffix in SOURCE_SUFFIXES
     )
 
 

@@ -19,6 +19,7 @@ from mbq_export.commands import (
     export,
     inspect,
     models,
+    plugins,
     quantize,
     report,
     run,
@@ -39,6 +40,7 @@ COMMANDS: Final = (
     inspect,
     doctor,
     models,
+    plugins,
     explain,
 )
 
@@ -54,6 +56,7 @@ PANELS: Final = {
     "bench": "Use",
     "report": "Use",
     "models": "Look up",
+    "plugins": "Make",
     "explain": "Look up",
 }
 

@@ -22,6 +22,7 @@ from mbq_export.backends.ort import check_packages, installed_packages
 from mbq_export.bundle import Bundle
 from mbq_export.errors import MachineError, MbqError
 from mbq_export.native import available_memory, local_gpu
+from mbq_export.plugin_library import cached_libraries
 
 OK: Final = "ok"
 WARN: Final = "warn"
@@ -102,6 +103,7 @@ def examine(*, output: Path, bundle: Path | None = None) -> list[Row]:
         _gpu,
         lambda: _tool("nvcc", "to compile kernels; not needed for engines of the qdq lowering"),
         lambda: _tool("cmake", "to compile plugins; not needed for engines of the qdq lowering"),
+        _plugins,
     ]
     rows = [check() for check in checks]
     return rows if bundle is None else [*rows, _bundle(bundle)]
@@ -285,6 +287,26 @@ def _gpu() -> Row:
 def _tool(name: str, purpose: str) -> Row:
     found = shutil.which(name)
     return Row(id=name, found=found or "none", needed=purpose, status=OK if found else SKIP)
+
+
+def _plugins() -> Row:
+    try:
+        libraries = cached_libraries()
+    except MbqError as error:
+        return Row(
+            id="plugins",
+            found=error.message,
+            needed="a cache that only you can write to",
+            status=WARN,
+            fix=error.fix[0],
+        )
+    found = "; ".join(f"{' '.join(each.archs)}, TensorRT {each.headers}" for each in libraries)
+    return Row(
+        id="plugins",
+        found=found or "none",
+        needed="for engines of the plugin lowering: mbq-export plugins build",
+        status=OK if libraries else SKIP,
+    )
 
 
 def _bundle(path: Path) -> Row:

@@ -73,7 +73,7 @@ class LinearPlugin final : public nvinfer1::IPluginV3,
 
     int32_t getOutputDataTypes(nvinfer1::DataType *types, int32_t outputs, const nvinfer1::DataType *inputs,
                                int32_t count) const noexcept override {
-        if (outputs != 1 || count != input_count(Op::kFacts, spec_)) return refuse(Reason::of("%d inputs", count));
+        if (outputs != 1 || count != input_count(Op::kFacts, spec_)) return refuse(wrong_count(count));
         if (!is_activation(element_from(inputs[0]))) return refuse(Reason::of("x is neither half nor bfloat16"));
         types[0] = inputs[0];
         return 0;
@@ -83,10 +83,15 @@ class LinearPlugin final : public nvinfer1::IPluginV3,
                             nvinfer1::DimsExprs *outputs, int32_t output_count,
                             nvinfer1::IExprBuilder &build) noexcept override {
         return guarded(Op::kFacts.name, kRefused, [&] {
-            if (output_count != 1 || count != input_count(Op::kFacts, spec_) || inputs[0].nbDims < 1)
-                return refuse(Reason::of("%d inputs, x of rank %d", count, count > 0 ? inputs[0].nbDims : 0));
+            if (output_count != 1 || count != input_count(Op::kFacts, spec_)) return refuse(wrong_count(count));
+            const int last = inputs[0].nbDims - 1;
+            if (last < 0) return refuse(Reason::of("x is a scalar"));
+            const nvinfer1::IDimensionExpr *const columns = inputs[0].d[last];
+            if (columns->isConstant() && columns->getConstantValue() != spec_.k)
+                return refuse(Reason::of("x has %lld columns, expected K = %d",
+                                         static_cast<long long>(columns->getConstantValue()), spec_.k));
             outputs[0] = inputs[0];
-            outputs[0].d[inputs[0].nbDims - 1] = build.constant(output_columns(spec_));
+            outputs[0].d[last] = build.constant(output_columns(spec_));
             return 0;
         });
     }
@@ -168,6 +173,10 @@ class LinearPlugin final : public nvinfer1::IPluginV3,
    private:
     static constexpr int kMostInputs = 8;
     static_assert(Op::kFacts.inputs + 1 <= kMostInputs, "room for every input");
+
+    Reason wrong_count(int32_t count) const {
+        return Reason::of("%d inputs, expected %d", count, input_count(Op::kFacts, spec_));
+    }
 
     // Errors are always said, but once per object: an engine calls thousands of times.
     int32_t refuse(const Reason &reason, int32_t status = kRefused) const noexcept {

@@ -179,3 +179,12 @@ def unit_program() -> Path:
     command = [tool("g++"), "-std=c++17", "-O1", *WARNINGS, *includes(tensorrt=False)]
     sources = [HOST / "linear_spec_test.cpp", ROOT / "plugins/common/linear_spec.cpp"]
     return made("unit", command, [*sources, *kernel_objects(emulated=True)])
+
+
+def defective_library(defect: str) -> Path:
+    """A library with a planted defect; the names are in ``host/defective.cpp``."""
+    command = [
+        *(tool("g++"), "-std=c++17", "-O1", "-shared", "-fPIC", "-w"),
+        *(f"-DDEFECT={defect.upper().replace('-', '_')}", *includes()),
+    ]
+    return made(f"{defect}.so", command, [HOST / "defective.cpp"])
