@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mbq_export.commands import options
+from mbq_export.commands import engine_options, options
 from mbq_export.commands.console import Console
 from mbq_export.errors import located
 
@@ -37,12 +37,28 @@ def command(
             show_default=False,
         ),
     ] = None,
+    lowering: Annotated[
+        str,
+        typer.Option(
+            "--lowering",
+            help="Form of the decoder that engines are built from: plugin, qdq, or auto for the best that the "
+            "targets' builders read.",
+        ),
+    ] = "auto",
     max_context: Annotated[
         int | None,
         typer.Option(
             "--max-context", help="Longest sequence of the graphs.", min=1, show_default=False
         ),
     ] = None,
+    max_batch: engine_options.MaxBatch = 1,
+    max_tiles: engine_options.MaxTiles = 10,
+    opt_tokens: engine_options.OptTokens = 1,
+    workspace: engine_options.Workspace = 1024,
+    weight_streaming: engine_options.WeightStreaming = False,
+    timing_cache: engine_options.TimingCache = None,
+    one_plan: engine_options.OnePlan = False,
+    plugin_lib: engine_options.PluginLib = None,
     require_engine: Annotated[
         bool, typer.Option("--require-engine", help="Fail if an engine cannot be built here.")
     ] = False,
@@ -69,6 +85,7 @@ def command(
 
     mbq-export build --model tiny-llava-ov --wbits 3 -o out
     """
+    from mbq_export.pipeline.engine_options import EngineOptions
     from mbq_export.pipeline.plan import make_plan
     from mbq_export.pipeline.request import BuildRequest
     from mbq_export.pipeline.stages import build
@@ -86,6 +103,17 @@ def command(
         data=data,
         samples=samples,
         targets=tuple(target or ["auto"]),
+        lowering=lowering,
+        engines=EngineOptions(
+            plugin_lib=plugin_lib,
+            max_batch=max_batch,
+            max_tiles=max_tiles,
+            opt_tokens=opt_tokens,
+            workspace_mib=workspace,
+            weight_streaming=weight_streaming,
+            timing_cache=timing_cache,
+            one_plan=one_plan,
+        ),
         max_context=max_context,
         seed=console.seed,
         text_only_ok=text_only_ok,

@@ -21,10 +21,12 @@ from mbq_export.pipeline.plan import Plan
 from mbq_export.progress import Progress, silent
 from mbq_export.reading import read_json
 from mbq_export.schemes import SCHEMES
+from mbq_export.target import Target
 
-TYPICAL_TILES: Final = 5
-LARGEST_CHUNK: Final = 512
-"""Tokens of one prefill call; a longer prompt is fed in chunks (TENSORRT 11)."""
+ENGINE_FACTS: Final = (
+    "bytes", "sha256", "layers", "lowering", "plugin_layers_expected", "plugin_layers_found", "checks",
+)  # fmt: skip
+"""What a manifest repeats of each engine."""
 
 
 def build_engines(
@@ -48,25 +50,40 @@ def build_engines(
     """
     targets = [target for target in plan.targets if str(target) not in plan.skipped_engines]
     graphs = tuple(_graphs(plan, record, onnx))
+    options = plan.request.engines
+    shared = _shared(targets) if options.one_plan else [(target,) for target in targets]
     built: dict[str, EngineRecord] = {}
-    for index, target in enumerate(targets):
+    for index, (target, *also) in enumerate(shared):
         backend = BACKENDS[target.flavour]
         if backend.build is None:
             raise InternalError("E9001", f"Backend {backend.name} builds no engines.")
         library = backend.available().found.replace(" ", "-")
+        folder = "-".join(dict.fromkeys(each.folder for each in (target, *also)))
         request = EngineRequest(
             graphs=graphs,
             target=target,
-            out=out / library / target.folder,
-            logs=logs / f"{target.folder}-{library}",
+            also=tuple(also),
+            out=out / library / folder,
+            plugins=plan.form.library,
+            options=options.builder(),
+            logs=logs / f"{folder}-{library}",
             timeout_s=plan.request.engine_timeout_s,
         )
-        with located(str(target)):
-            built[str(target)] = backend.build(request, silent)
+        name = "+".join(map(str, (target, *also)))
+        with located(name):
+            built[name] = backend.build(request, silent)
             if plan.request.gate == "on":
-                _demand(built[str(target)])
-        progress(index + 1, len(targets), str(target))
+                _demand(built[name])
+        progress(index + 1, len(shared), name)
     return built
+
+
+def _shared(targets: list[Target]) -> list[tuple[Target, ...]]:
+    """Targets that one plan can serve: all of a flavour."""
+    by_flavour: dict[str, list[Target]] = {}
+    for target in targets:
+        by_flavour.setdefault(target.flavour, []).append(target)
+    return [tuple(each) for each in by_flavour.values()]
 
 
 def engine_facts(folder: Path) -> list[dict[str, Any]]:
@@ -74,16 +91,13 @@ def engine_facts(folder: Path) -> list[dict[str, Any]]:
     facts = []
     for path in sorted(folder.rglob(ENGINE_RECORD)):
         record = read_json(path, code="E4604")
-        kept = ("flavour", "version", "sm", "op_level", "verified", "why")
+        kept = ("flavour", "version", "sm", "op_level", "verified", "why", "plugin")
         facts.append(
             {
                 "folder": path.parent.relative_to(folder).as_posix(),
                 **{key: record[key] for key in kept},
                 "engines": {
-                    name: {
-                        key: engine[key]
-                        for key in ("bytes", "sha256", "layers", "lowering", "checks")
-                    }
+                    name: {key: engine[key] for key in ENGINE_FACTS}
                     for name, engine in record["engines"].items()
                 },
             }
@@ -107,30 +121,19 @@ def _graphs(plan: Plan, record: ExportRecord, onnx: Path) -> list[EngineGraph]:
     graphs = []
     for graph in record.graphs:
         if graph.form is not None and graph.form.target == "trt":
-            graphs.append(_decoder(plan, graph, onnx))
+            sizes = plan.request.engines.decoder_sizes(plan.max_context)
+            graphs.append(_engine_graph("decoder", graph, onnx, sizes))
         elif graph.name == "vision_encoder" and graph.dtype == "fp16":
-            graphs.append(_engine_graph("vision", graph, onnx, _vision_sizes(graph)))
+            sizes = plan.request.engines.vision_sizes(str(graph.inputs[0].shape[0]))
+            graphs.append(_engine_graph("vision", graph, onnx, sizes))
     return graphs
-
-
-def _decoder(plan: Plan, graph: GraphRecord, onnx: Path) -> EngineGraph:
-    chunk = min(LARGEST_CHUNK, plan.max_context)
-    sizes = {
-        "batch_size": SizeRange(smallest=1, typical=1, largest=1),
-        "sequence_length": SizeRange(smallest=1, typical=1, largest=chunk),
-    }
-    return _engine_graph("decoder", graph, onnx, sizes)
-
-
-def _vision_sizes(graph: GraphRecord) -> dict[str, SizeRange]:
-    symbol = str(graph.inputs[0].shape[0])
-    return {symbol: SizeRange(smallest=1, typical=TYPICAL_TILES, largest=2 * TYPICAL_TILES)}
 
 
 def _engine_graph(
     name: str, graph: GraphRecord, onnx: Path, sizes: Mapping[str, SizeRange]
 ) -> EngineGraph:
     quantized = [linear for linear in graph.linears if linear.scheme != KEPT]
+    standard = [] if graph.plugin_layers else quantized
     return EngineGraph(
         name=name,
         onnx=onnx / graph.file,
@@ -144,8 +147,10 @@ def _engine_graph(
                 group_size=linear.group_size,
                 act_bits=SCHEMES[linear.scheme].act_bits,
             )
-            for linear in quantized
+            for linear in standard
         ),
+        plugin_layers=graph.plugin_layers,
+        lowering="none" if graph.form is None else graph.form.lowering,
         attention_layers=graph.attention_layers or None,
         kv_updates=graph.kv_updates or None,
         weight_bytes=graph.weight_bytes if quantized else None,

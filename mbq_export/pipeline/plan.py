@@ -22,6 +22,7 @@ from mbq_export.export.lowerings import LOWERINGS
 from mbq_export.families.base import LoadedModel, ModelFamily, TextShape
 from mbq_export.families.locate import ModelSource, family_of, locate, read_config
 from mbq_export.native import available_memory
+from mbq_export.pipeline.plugins import EngineForm, engine_form
 from mbq_export.pipeline.request import (
     BuildRequest,
     check_context,
@@ -68,6 +69,7 @@ class Plan:
         data: Chosen calibration samples, their pictures checked; None for the unquantized baseline.
         targets: Devices to build engines for, without ``cpu``.
         skipped_engines: Reason by target, where this machine cannot build.
+        form: Form of the decoder for engines, and the plugins it needs.
         fingerprint: Whatever decides the result.
     """
 
@@ -81,6 +83,7 @@ class Plan:
     data: CalibrationData | None
     targets: tuple[Target, ...]
     skipped_engines: Mapping[str, str]
+    form: EngineForm
     fingerprint: Mapping[str, object]
 
     @property
@@ -97,6 +100,11 @@ class Plan:
     def group_size(self) -> int:
         """Columns that share a scale, or `CHANNEL`; meaningless for the baseline."""
         return group_size_of(self.request, self.scheme)
+
+    @property
+    def lowering(self) -> str | None:
+        """Form of the decoder that engines are built from; None if there are none to build."""
+        return self.form.lowering
 
     @property
     def quantized_weights(self) -> int:
@@ -177,9 +185,18 @@ def make_plan(request: BuildRequest) -> Plan:
         data=data_of(request) if scheme is not None else None,
         targets=targets,
         skipped_engines=skipped,
+        form=engine_form(
+            request.lowering,
+            targets=targets,
+            scheme=scheme,
+            group_size=group_size_of(request, scheme),
+            named=request.engines.plugin_lib,
+            built=[target for target in targets if str(target) not in skipped],
+        ),
         fingerprint={},
     )
-    if targets or not plan.with_reference:
+    request.engines.check(plan.max_context)
+    if plan.lowering == "qdq" or not plan.with_reference:
         _check_qdq(plan)
     _check_room(plan)
     return Plan(**{**_fields(plan), "fingerprint": _fingerprint(plan)})
@@ -275,6 +292,9 @@ def _fingerprint(plan: Plan) -> dict[str, object]:
         "graphs": {
             "max_context": plan.max_context,
             "targets": [str(target) for target in plan.targets],
+            "lowering": plan.lowering,
+            "plugins": None if plan.form.library is None else plan.form.library.sha256,
+            "engines": request.engines.fingerprint(),
         },
         "seed": request.seed,
         "layouts": {name: layout.version for name, layout in LAYOUTS.members().items()},

@@ -14,6 +14,7 @@ from mbq_export.errors import MachineError, UsageError
 from mbq_export.families.base import TextShape, VisionShape
 from mbq_export.families.locate import SHIPPED
 from mbq_export.native import local_gpu
+from mbq_export.pipeline.engine_options import EngineOptions
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import QuantScheme
 from mbq_export.target import AUTO, SERVED, Target
@@ -38,6 +39,8 @@ class BuildRequest:
         data: Calibration manifest, or None for the default of the shipped model.
         samples: Calibration samples.
         targets: Devices, for example ``rtx4090:rtx``.
+        lowering: Form of the decoder that engines are built from: ``plugin``, ``qdq`` or ``auto``.
+        engines: How they are built.
         max_context: Longest sequence of the graphs; None takes the model's own limit, at most 4096.
         seed: Every random choice.
         text_only_ok: Accept calibration data without pictures.
@@ -64,6 +67,8 @@ class BuildRequest:
     data: str | None = None
     samples: int = 128
     targets: tuple[str, ...] = ("auto",)
+    lowering: str = "auto"
+    engines: EngineOptions = field(default_factory=EngineOptions)
     max_context: int | None = None
     seed: int = 0
     text_only_ok: bool = False

@@ -26,6 +26,7 @@ from mbq_export.families.base import LoadedModel
 from mbq_export.pipeline.calibration import channel_scales
 from mbq_export.pipeline.engines import build_engines, engine_facts
 from mbq_export.pipeline.plan import Plan, machine_class, make_plan, package_versions
+from mbq_export.pipeline.plugins import pack_library
 from mbq_export.pipeline.request import BuildRequest
 from mbq_export.progress import Progress
 from mbq_export.quantize import quantize
@@ -200,10 +201,10 @@ def graph_forms(plan: Plan) -> tuple[GraphForm, ...]:
         forms.append(GraphForm(lowering="qdq", target="ort", max_context=plan.max_context))
     if plan.with_reference and plan.scheme is not None:
         forms.append(GraphForm(lowering="reference", target="ort", max_context=plan.max_context))
-    if plan.targets:
+    if plan.lowering is not None:
         forms.append(
             GraphForm(
-                lowering="qdq",
+                lowering=plan.lowering,
                 target="trt",
                 dtype="fp16",
                 kv="static",
@@ -229,6 +230,9 @@ def _engines(work: _Work, progress: Progress) -> None:
         shutil.rmtree(out)
     with explained(out):
         out.mkdir(parents=True)
+    library = work.plan.form.library
+    if library is not None:
+        pack_library(library, work.state.stage(STAGED))
     record = ExportRecord.read(onnx)
     built = build_engines(
         work.plan, record, onnx=onnx, out=out, logs=work.log.parent, progress=progress
@@ -289,10 +293,11 @@ def _facts(plan: Plan, staged: Path, checkpoint: QuantCheckpoint) -> dict[str, A
         },
         "calibration": calib.get("data"),
         "quant": checkpoint.info,
-        "limits": {"max_context": plan.max_context, "max_batch": 1},
+        "limits": {"max_context": plan.max_context, "max_batch": plan.request.engines.max_batch},
         "targets": [str(target) for target in plan.targets],
         "engines": engine_facts(staged / ENGINES),
         "skipped_engines": dict(plan.skipped_engines),
+        "lowering": {"engines": plan.form.lowering, "why": plan.form.reason},
     }
 
 

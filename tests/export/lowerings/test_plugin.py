@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from mbq_export.errors import UsageError
-from mbq_export.evaluate.tolerances import BLOCK_FP16
+from mbq_export.evaluate.tolerances import BLOCK_FP16, PARITY_ROUNDED_FP16
 from mbq_export.export import GraphForm, Limits, check_graph, ops, tiled_weights
 from mbq_export.export.graph import Emitter, packed_node, packed_nodes
 from mbq_export.export.lowerings import LOWERINGS
@@ -194,7 +194,11 @@ def test_an_addition_that_others_read_around_stays() -> None:
     assert [node.op_type for node in model.graph] == ["W3Linear", "Add", "Sigmoid"]
 
 
-@pytest.fixture(scope="module", params=[("w3a16", 64), ("w4a16", 32)], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[("w3a16", 64), ("w4a16", 32), ("w4a8", CHANNEL), ("w4a8", 128)],
+    ids=str,
+)
 def scheme(request: pytest.FixtureRequest) -> tuple[str, int]:
     return request.param  # type: ignore[no-any-return]
 
@@ -273,7 +277,10 @@ def test_the_reference_function_on_the_tiles_gives_the_reference_graphs_numbers(
         torch = decoders.torch_run(model, feeds)[ops.LOGITS]
         mask = feeds[ops.ATTENTION_MASK].numpy()
         rows = (decoders.compared(ops.LOGITS, each, mask) for each in (found[ops.LOGITS], torch))
-        assert relative_error(*rows) <= BLOCK_FP16
+        rounded = SCHEMES[scheme[0]].rounds_activations
+        limit = PARITY_ROUNDED_FP16.relative_error if rounded else BLOCK_FP16
+        assert limit is not None
+        assert relative_error(*rows) <= limit
 
 
 def test_the_twin_shows_a_plugin_that_reads_other_weights(tmp_path: Path) -> None:
