@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mbq_export.blocks.loss import ClassWeights, class_totals, coefficients, token_counts
+from mbq_export.blocks.loss import (
+    ClassWeights,
+    class_totals,
+    coefficients,
+    token_counts,
+    token_errors,
+)
 from mbq_export.blocks.stream import BlockStream
 from mbq_export.calibrate import search as module
 from mbq_export.calibrate.search import (
@@ -24,7 +30,10 @@ from mbq_export.calibrate.units import Statistics, UnitView
 from mbq_export.channel_scales import Switches
 from mbq_export.errors import GateError
 from mbq_export.families.base import ANSWER, PROMPT, VISION
-from mbq_export.schemes.affine import dequantize, quantize
+from mbq_export.schemes.affine import dequantize, quantize, rounded_per_token
+from mbq_export.schemes.base import CHANNEL, PackedWeight
+from mbq_export.schemes.layouts.dense import pack
+from mbq_export.schemes.w4a8 import int8_linear
 from tests.calibrate.views import RATIOS, views
 from tests.questions import questions, sample_model, tiny_model
 from tests.reference import published
@@ -33,6 +42,8 @@ from tests.tiny import Tiny
 MBQ = Switches(method="mbq", stat="mixed", tokens="all")
 COMPAT = replace(MBQ, grid="20", gqa_o_scale=False, compat="mbq")
 PER_HEAD = Tiny(kv_heads=4, seed=1)
+INTEGER_RELATIVE = 1e-5
+"""Objectives from float32 products of the same integers and scales: roundings of 6e-8, averaged over tokens."""
 
 
 def seen(switches: Switches = MBQ, tiny: Tiny | None = None, **options: Any) -> dict[str, UnitView]:
@@ -323,3 +334,61 @@ def test_shared_value_heads_get_a_scale_that_folds() -> None:
     per_head = found.scales.reshape(2, 2, 32)
     assert torch.equal(per_head[:, 0], per_head[:, 1])
     assert found.alpha > 0
+
+
+def packed_candidate(view: UnitView, linear: str, e: Tensor) -> PackedWeight:
+    weight = view.block.get_parameter(f"{linear}.weight").float() * e
+    codes = quantize(weight, scheme=view.scheme, group_size=view.group_size)
+    bias = dict(view.block.named_parameters()).get(f"{linear}.bias")
+    return PackedWeight(
+        words=pack(codes.codes.numpy(), bits=4),
+        scales=codes.scales.numpy(),
+        zeros=None,
+        k=weight.shape[1],
+        bits=4,
+        group_size=view.group_size,
+        bias=None if bias is None else bias.detach().float().numpy(),
+    )
+
+
+@pytest.mark.parametrize("group_size", [CHANNEL, 128])
+@pytest.mark.parametrize(("unit", "linear"), [("o", "self_attn.o_proj"), ("down", "mlp.down_proj")])
+def test_rounded_activations_are_scored_as_kernels_compute(
+    unit: str, linear: str, group_size: int
+) -> None:
+    """The linear reads x / e in int8 and holds Q(W e), which is not scaled back: the format's own integer oracle."""
+    view = seen(scheme="w4a8", group_size=group_size)[unit]
+    scales = [scale(statistic(view, MBQ), alpha) for alpha in (0.0, 0.5)]
+    found = score(view, scales, MBQ)
+    tokens = view.statistics.tokens
+    weigh = coefficients(tokens, width=view.text.hidden, loss=MBQ.loss, weights=view.weights)
+    for place, e in enumerate(scales):
+        packed, totals = packed_candidate(view, linear, e), torch.zeros(4, dtype=torch.float64)
+        for call in view.calls():
+            rows = (call.rows.float() / e).flatten(0, -2).numpy()
+            moved = torch.from_numpy(int8_linear(rows, packed)).reshape(call.output.shape)
+            errors = token_errors(call.output.float() - moved, loss=MBQ.loss)
+            totals += class_totals(errors.flatten(), call.classes)
+        assert float(found.values[place]) == pytest.approx(
+            float(totals @ weigh), rel=INTEGER_RELATIVE
+        )
+
+
+@pytest.mark.parametrize("unit", ["qkv", "gate_up"])
+def test_all_linears_of_a_unit_read_the_same_rounded_rows(unit: str) -> None:
+    view = seen(scheme="w4a8", group_size=CHANNEL)[unit]
+    calls = [replace(call, rows=rounded_per_token(call.rows)) for call in view.calls()]
+    weights_alone = replace(view.scheme, act_bits=16)
+    by_hand = replace(view, scheme=weights_alone, calls=lambda: iter(calls))
+    ones = [torch.ones(128)]
+    found = float(score(view, ones, MBQ).values[0])
+    assert found == pytest.approx(float(score(by_hand, ones, MBQ).values[0]), rel=INTEGER_RELATIVE)
+    assert found != float(score(replace(view, scheme=weights_alone), ones, MBQ).values[0])
+
+
+def test_a_search_with_rounded_activations_leaves_no_trace() -> None:
+    view = seen(scheme="w4a8", group_size=CHANNEL)["gate_up"]
+    once, again = search(view, MBQ), search(view, MBQ)
+    assert once.record == again.record
+    assert once.record["J"]["best"] <= once.record["J"]["rtn"]
+    assert not any(module._forward_pre_hooks for module in view.block.modules())
