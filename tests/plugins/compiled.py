@@ -1,5 +1,7 @@
 """The plugin library and the programs that drive it, compiled once per state of their sources.
 
+    python -m tests.plugins.compiled 90       build/gpu-plugins: what the tests on an H100 need, made where headers are
+
 The emulated library is the product's plugins over the kernels that run on a CPU: same glue, same kernel sources, and
 ``enqueue`` computes.
 """
@@ -18,8 +20,12 @@ from typing import Final
 
 import pytest
 
+from mbq_export.native import local_gpu
+
 ROOT: Final = Path(__file__).resolve().parents[2]
 OUT: Final = ROOT / "build" / "plugins"
+FOR_GPU: Final = ROOT / "build" / "gpu-plugins"
+"""Where files for the tests on another machine's GPU are put."""
 HOST: Final = ROOT / "tests/plugins/host"
 PLUGIN_SOURCES: Final = (
     "plugins/common/linear_spec.cpp",
@@ -86,10 +92,10 @@ def kernel_build() -> ModuleType:
     return module
 
 
-def kernel_objects(*, emulated: bool) -> list[Path]:
+def kernel_objects(*, emulated: bool, sm: int = SM) -> list[Path]:
     """Object files of the kernel library."""
     build = kernel_build()
-    plan = build.Plan(emulated=True) if emulated else build.Plan(sms=(SM,))
+    plan = build.Plan(emulated=True) if emulated else build.Plan(sms=(sm,))
     found: list[Path] = build.compiled(
         plan, ["-c"], suffix=".o", objects=ROOT / "build/objects", jobs=1
     )
@@ -148,7 +154,7 @@ def emulated_library(flags: Sequence[str] = (), extra: Sequence[Path] = ()) -> P
     return made("emulated.so", command, objects)
 
 
-def cuda_library() -> Path:
+def cuda_library(sm: int = SM) -> Path:
     """The product's library for one architecture."""
     command = [
         *(tool("nvcc"), "-shared", "-cudart", "static"),
@@ -159,7 +165,7 @@ def cuda_library() -> Path:
             "--no-undefined",
         ),
     ]
-    return made("cuda.so", command, [*plugin_objects(), *kernel_objects(emulated=False)])
+    return made("cuda.so", command, [*plugin_objects(), *kernel_objects(emulated=False, sm=sm)])
 
 
 def host_program(flags: Sequence[str] = ()) -> Path:
@@ -168,8 +174,17 @@ def host_program(flags: Sequence[str] = ()) -> Path:
     return made("host", command, [HOST / "host.cpp"])
 
 
+def for_this_gpu() -> tuple[Path, Path]:
+    """Library and host program for this machine's GPU: brought along, or compiled here."""
+    found = [FOR_GPU / name for name in ("libmbq_trt_plugins.so", "host")]
+    if all(path.is_file() for path in found):
+        return found[0], found[1]
+    gpu = local_gpu()
+    return cuda_library(SM if gpu is None else gpu.sm), gpu_host_program()
+
+
 def gpu_host_program() -> Path:
-    """The same, computing on the GPU of this machine."""
+    """The host program, computing on the GPU of this machine."""
     command = [tool("nvcc"), "-std=c++17", "-DMBQ_HOST_CUDA", "-cudart", "static", *includes()]
     return made("gpu_host", command, [HOST / "host.cpp"])
 
@@ -188,3 +203,14 @@ def defective_library(defect: str) -> Path:
         *(f"-DDEFECT={defect.upper().replace('-', '_')}", *includes()),
     ]
     return made(f"{defect}.so", command, [HOST / "defective.cpp"])
+
+
+def main(sm: int) -> None:
+    """Make what the tests on a GPU need."""
+    FOR_GPU.mkdir(parents=True, exist_ok=True)
+    shutil.copy(cuda_library(sm), FOR_GPU / "libmbq_trt_plugins.so")
+    shutil.copy(gpu_host_program(), FOR_GPU / "host")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -106,7 +106,8 @@ def test_a_plugin_on_a_gpu_computes_what_the_oracle_says(case: Case, tmp_path: P
     problem = case.make(0)
     result = tmp_path / "result"
     file = write_case(problem, tmp_path / "case")
-    host(compiled.cuda_library(), "case", file, result, program=compiled.gpu_host_program())
+    library, program = compiled.for_this_gpu()
+    host(library, "case", file, result, program=program)
     assert_result(problem, result.read_bytes())
 
 
@@ -115,7 +116,7 @@ def test_a_plugin_on_a_gpu_computes_what_the_oracle_says(case: Case, tmp_path: P
 @needs_gpu
 def test_the_sanitizer_finds_nothing_on_a_gpu(tmp_path: Path) -> None:
     sanitizer = compiled.tool("compute-sanitizer")
-    program, library = compiled.gpu_host_program(), compiled.cuda_library()
+    library, program = compiled.for_this_gpu()
     for case in cases()[:6]:
         file = write_case(case.make(0), tmp_path / "case")
         outcome = compiled.run(
