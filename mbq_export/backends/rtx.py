@@ -60,7 +60,7 @@ def _has_nvidia_gpu(devices: Path) -> bool:
 
 BACKEND: Final = Backend(
     name=FLAVOUR,
-    lowerings=("qdq",),
+    lowerings=("plugin", "qdq"),
     isolated=True,
     available=available,
     open=open_engine,

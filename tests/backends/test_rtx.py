@@ -39,7 +39,7 @@ def refusal() -> MbqError:
 
 def test_backend_is_found_by_its_name() -> None:
     backend = BACKENDS["rtx"]
-    assert (backend.name, backend.lowerings, backend.isolated) == ("rtx", ("qdq",), True)
+    assert (backend.name, backend.lowerings, backend.isolated) == ("rtx", ("plugin", "qdq"), True)
 
 
 def test_engine_without_a_gpu_names_what_works_instead(

@@ -58,9 +58,9 @@ def test_fingerprint_ignores_the_place_and_follows_the_options(request_: BuildRe
         ({"scheme": "w4a8", "group_size": 64}, "E2004", "w4a8 has no groups of 64."),
         ({"group_size": 0}, "E2004", "w3a16 has no groups of a whole channel."),
         (
-            {"scheme": "w4a8", "group_size": 128, "targets": ("rtx4090:rtx",)},
-            "E2006",
-            "w4a8 in groups of 128 has no qdq form.",
+            {"scheme": "w4a8", "group_size": 128, "targets": ("rtx4090:rtx",), "lowering": "qdq"},
+            "E3005",
+            "There is no compiled plugin library for this release.",
         ),
         (
             {"scheme": "w4a16", "weight_bits": 3},

@@ -1,0 +1,54 @@
+"""Options of ``build`` that shape engines."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PluginLib = Annotated[
+    Path | None,
+    typer.Option(
+        "--plugin-lib",
+        help="Plugin library to load. Default: one that mbq-export plugins build has compiled.",
+        show_default=False,
+    ),
+]
+MaxBatch = Annotated[
+    int, typer.Option("--max-batch", help="Most requests in one call of the decoder.", min=1)
+]
+MaxTiles = Annotated[
+    int,
+    typer.Option("--max-tiles", help="Most picture tiles in one call of the vision engine.", min=1),
+]
+OptTokens = Annotated[
+    int,
+    typer.Option(
+        "--opt-tokens",
+        help="Tokens of the call that kernels are chosen for: 1 is a decode step.",
+        min=1,
+    ),
+]
+Workspace = Annotated[
+    int,
+    typer.Option(
+        "--workspace", help="MiB of scratch memory that the builder may plan with.", min=1
+    ),
+]
+WeightStreaming = Annotated[
+    bool,
+    typer.Option(
+        "--weight-streaming", help="Let the device keep weights in host memory; for small devices."
+    ),
+]
+TimingCache = Annotated[
+    Path | None,
+    typer.Option(
+        "--timing-cache",
+        help="File of kernel times from an earlier build; full TensorRT only, which then writes one beside each engine.",
+        show_default=False,
+    ),
+]
+OnePlan = Annotated[
+    bool,
+    typer.Option("--one-plan", help="One engine for all :rtx targets, instead of one for each."),
+]
