@@ -13,6 +13,8 @@ from mbq_export.backends.torch import fake_quant_model
 from mbq_export.bundle import Bundle
 from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import UsageError
+from mbq_export.evaluate.samples import parity_samples
+from mbq_export.evaluate.sides import Oracle, prompt_of
 from mbq_export.export import ops, record
 from mbq_export.export.record import GraphForm
 from mbq_export.families.base import LoadedModel
@@ -25,11 +27,15 @@ from mbq_export.runtime import (
     RECORD,
     VISION,
     Session,
+    default_lowering,
     graph_record,
+    lowerings_of,
     open_session,
 )
-from mbq_export.runtime.request import Engines
+from mbq_export.runtime.request import Engines, Prepared
 from mbq_export.runtime.sampling import Options
+from mbq_export.schemes.base import CHANNEL
+from tests.evaluate.bundles import sample_bundle_of_rounded_activations
 from tests.runtime.bundles import QDQ, REFERENCE, rounded_bundle
 from tests.tiny import load_tiny
 
@@ -193,3 +199,29 @@ def test_streamed_pieces_are_the_text(session: Session) -> None:
     options = Options(max_new_tokens=NEW_TOKENS)
     stream = session.stream(PROMPTS[0], pictures(1), options=options)
     assert "".join(token.text for token in stream) == stream.result().text
+
+
+@pytest.mark.parametrize("group_size", [CHANNEL, 128])
+def test_every_way_to_round_activations_gives_the_oracle_s_tokens(group_size: int) -> None:
+    bundle = sample_bundle_of_rounded_activations(group_size)
+    oracle = Oracle(fake_quant_model(QuantCheckpoint.open(bundle.checkpoint_folder)))
+    asked = [prompt_of(each) for each in parity_samples(None, 6, oracle.model.processor)]
+    wanted = [oracle.greedy(each, new_tokens=NEW_TOKENS) for each in asked]
+    ways = [{"lowering": lowering} for lowering in lowerings_of(bundle)]
+    assert len(ways) == (2 if group_size == CHANNEL else 1)
+    for way in (*ways, {"backend": "torch:cpu"}):
+        with open_session(bundle, threads=1, **way) as opened:
+            answered = [
+                opened.generate(Prepared(inputs=each), options=Options(max_new_tokens=NEW_TOKENS))
+                for each in asked
+            ]
+        assert [list(answer.ids) for answer in answered] == wanted, way
+
+
+def test_the_form_that_is_run_unless_one_is_named(subject: Subject) -> None:
+    assert lowerings_of(subject.bundle) == ["qdq", "reference"]
+    assert default_lowering(subject.bundle) == "qdq"
+    groups = sample_bundle_of_rounded_activations(128)
+    assert (lowerings_of(groups), default_lowering(groups)) == (["reference"], "reference")
+    with open_session(groups, threads=1) as opened:
+        assert opened.name == "ort:reference"
