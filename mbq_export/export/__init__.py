@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import accumulate
@@ -24,6 +23,7 @@ from mbq_export.checkpoint import KEPT
 from mbq_export.errors import InternalError, UsageError, located
 from mbq_export.export import decoder, embed, ops, vision
 from mbq_export.export.check import ANY, Limits, check_graph, check_written
+from mbq_export.export.fitting import PREFERRED, fitting_lowering
 from mbq_export.export.graph import columns_of, packed_nodes, packed_source
 from mbq_export.export.lowerings import LOWERINGS
 from mbq_export.export.passes import PASSES
@@ -73,11 +73,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-PREFERRED: Final = {"ort": ("qdq", "reference"), "trt": ("plugin", "qdq")}
-"""Lowerings by target, best first."""
-UNQUANTIZED: Final = "qdq"
-"""Lowering of a model without quantized linears, whose graph has standard operators only."""
 
 PACKAGES: Final = ("numpy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
 """Traced graphs have the same bytes only for the same versions of these."""
@@ -139,30 +134,6 @@ def export(
     write_file(staged / RECORD, json_bytes(result.as_json()))
     publish(staged, out)
     return result
-
-
-def fitting_lowering(names: tuple[str, ...], *, scheme: str, group_size: int, target: str) -> str:
-    """The first of some lowerings that holds a number format for a target.
-
-    Args:
-        names: Best first, `PREFERRED` of the target or what a backend reads; not empty.
-        scheme: Name of the number format; the unquantized baseline fits standard operators only.
-        group_size: Columns that share a scale.
-        target: ``ort`` or ``trt``.
-
-    Returns:
-        The last name if none fits: `check_forms` says why.
-    """
-    for name in names:
-        lowering = LOWERINGS[name]
-        if scheme == KEPT:
-            if name == UNQUANTIZED:
-                return name
-        elif lowering.supports(SCHEMES[scheme], target) is None:
-            with suppress(UsageError):
-                lowering.check_group(SCHEMES[scheme], group_size)
-                return name
-    return names[-1]
 
 
 def check_forms(checkpoint: QuantCheckpoint, forms: tuple[GraphForm, ...], *, longest: int) -> None:

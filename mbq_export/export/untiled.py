@@ -8,7 +8,7 @@ two halves of the proof; that the plugin's kernels compute `linear_reference` is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -59,18 +59,18 @@ def tiled_weight(
     """
     op, has = ops.op_named(node.op_type), attributes_of(node)
     assert op is not None
-    arrays: dict[str, NDArray[np.generic]] = {
+    arrays: dict[str, NDArray[Any]] = {
         port: read_array(constants[name], places.get(name))
         for port, name in zip(op.inputs[1:], node.input[1 : len(op.inputs)], strict=True)
     }
-    channel = arrays["scales"].dtype == np.float32
+    scales: NDArray[np.float16] | NDArray[np.float32] = arrays["scales"]
     return TiledWeight(
         scheme=ops.scheme_of(op),
         n=has["N"],
         k=has["K"],
         group_size=has["group_size"],
         codes=arrays["qweight"].astype(np.int32),
-        scales=arrays["scales"].astype(np.float32 if channel else np.float16),
+        scales=scales,
         zeros=None if op.symmetric else arrays["zeros"].astype(np.int32),
     )
 
@@ -103,7 +103,7 @@ def check_same_weights(path: Path, checkpoint: QuantCheckpoint) -> int:
 
 
 def _compare(found: PackedWeight, wanted: PackedWeight, rows: slice, module: str) -> None:
-    pairs = {
+    pairs: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
         "codes": (found.words[rows], wanted.words),
         "scales": (found.scales[rows], wanted.scales),
     }

@@ -59,6 +59,11 @@ def test_fingerprint_ignores_the_place_and_follows_the_options(request_: BuildRe
         ({"group_size": 0}, "E2004", "w3a16 has no groups of a whole channel."),
         (
             {"scheme": "w4a8", "group_size": 128, "targets": ("rtx4090:rtx",), "lowering": "qdq"},
+            "E2006",
+            "w4a8 in groups of 128 has no qdq form.",
+        ),
+        (
+            {"scheme": "w4a8", "group_size": 128, "targets": ("rtx4090:rtx",)},
             "E3005",
             "There is no compiled plugin library for this release.",
         ),

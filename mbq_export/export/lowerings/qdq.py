@@ -64,7 +64,11 @@ def check_group(scheme: QuantScheme, group_size: int) -> None:
             f"{scheme.name} in groups of {group_size} has no qdq form.",
             why=f"group-wise {scheme.name.upper()} needs the plugin lowering; TensorRT may compile this pattern to a "
             "wrong result",
-            fix=("--group-size channel", "--lowering reference: small models, ONNX Runtime"),
+            fix=(
+                "--group-size channel",
+                "--lowering plugin, for TensorRT",
+                "--lowering reference: small models, ONNX Runtime",
+            ),
         )
 
 

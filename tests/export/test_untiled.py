@@ -1,4 +1,4 @@
-"""The sample model exported for plugins: what the record says, what it costs, and what it answers."""
+"""The sample model exported for plugins and read back: what it holds, costs and answers."""
 
 import json
 from collections.abc import Iterator
@@ -15,12 +15,10 @@ from mbq_export.channel_scales import ChannelScales, Switches
 from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import InternalError, UsageError
 from mbq_export.export import (
-    PREFERRED,
     ExportRecord,
     GraphForm,
     check_forms,
     export,
-    fitting_lowering,
     linear_nodes,
     ops,
 )
@@ -114,31 +112,6 @@ def test_a_linear_that_is_lost_while_lowering_stops_the_export(
     with pytest.raises(InternalError, match="lost a linear"):
         export(decoders.checkpoint(), tmp_path / "onnx", family=FAMILY, forms=(PLUGIN,))
     assert not (tmp_path / "onnx").exists()
-
-
-@pytest.mark.parametrize(
-    ("scheme", "group_size", "target", "name"),
-    [
-        ("w3a16", 128, "trt", "plugin"),
-        ("w4a16", 128, "ort", "qdq"),
-        ("none", 0, "trt", "qdq"),
-        ("none", 0, "ort", "qdq"),
-        ("w4a8", 0, "trt", "plugin"),
-        ("w4a8", 128, "trt", "plugin"),
-    ],
-)
-def test_the_best_form_is_the_first_that_holds_the_format(
-    scheme: str, group_size: int, target: str, name: str
-) -> None:
-    found = fitting_lowering(PREFERRED[target], scheme=scheme, group_size=group_size, target=target)
-    assert found == name
-
-
-def test_where_no_form_fits_the_last_one_says_why() -> None:
-    names = ("plugin",)
-    assert fitting_lowering(names, scheme="w3a16", group_size=128, target="ort") == "plugin"
-    with pytest.raises(UsageError, match="ONNX Runtime has no plugins"):
-        check_forms(decoders.checkpoint(), (GraphForm(lowering="plugin"),), longest=512)
 
 
 @pytest.mark.parametrize("lowering", ["qdq", "reference"])
