@@ -169,6 +169,14 @@ def _sensible(threads: int) -> int:
     return threads
 
 
+PluginLibraryFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plugin-lib",
+        help="The compiled plugins. Default: the bundle's, else the cache's.",
+        show_default=False,
+    ),
+]
 Threads = Annotated[
     int, typer.Option("--threads", help="CPU threads; 0 takes all.", min=0, callback=_sensible)
 ]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mbq_export.commands import options
 from mbq_export.commands.console import Console
 from mbq_export.errors import UsageError, located
 
@@ -50,6 +51,7 @@ def command(
         int,
         typer.Option("-j", "--jobs", help="build: compilers at once; 0 is one per core.", min=0),
     ] = 0,
+    plugin_lib: options.PluginLibraryFile = None,
 ) -> None:
     """Compile, find, list and check the TensorRT plugin library.
 
@@ -71,7 +73,7 @@ def command(
         elif action is Action.LIST:
             _list(console)
         elif action is Action.PATH:
-            _path(console, _sms(target))
+            _path(console, _sms(target), plugin_lib)
         elif file is not None:
             _check(console, file)
 
@@ -102,10 +104,10 @@ def _list(console: Console) -> None:
     )
 
 
-def _path(console: Console, sms: tuple[int, ...]) -> None:
+def _path(console: Console, sms: tuple[int, ...], named: Path | None) -> None:
     from mbq_export.plugin_library import find_plugin_library
 
-    library = find_plugin_library(sms=sms)
+    library = find_plugin_library(named=named, sms=sms)
     console.text(str(library.path))
     console.finish(_described(library), what=library.found)
 

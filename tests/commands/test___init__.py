@@ -16,7 +16,7 @@ from tests.command_line import PROGRAM, ROOT, run, tell
 
 NAMES = [module.__name__.rpartition(".")[2] for module in COMMANDS]
 HELP_CPU_S = 0.4
-OTHERS = ("hf ", "cp ", "pip ", "nvidia-smi", "--query-gpu")
+OTHERS = ("hf ", "cp ", "pip ", "nvidia-smi", "--query-gpu", "[cmake, ", "kernels/build.py")
 """Lines with options of other programs."""
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 COMMAND = re.compile(r"(?:^|[\"'])mbq-export ([a-z]+)")

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.command_line import run, tell
 
 USES = ["build", "build:rtx", "validate", "run", "bench"]
@@ -21,6 +23,18 @@ def test_result_has_a_row_per_check_and_a_truth_per_use() -> None:
     result = run("doctor").document["result"]
     assert set(result["can"]) == set(USES)
     assert all(set(row) == {"id", "found", "needed", "status", "fix"} for row in result["checks"])
+
+
+def test_compiled_plugins_are_a_row_with_their_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MBQ_EXPORT_CACHE", str(tmp_path))
+    row = next(row for row in run("doctor").document["result"]["checks"] if row["id"] == "plugins")
+    assert (row["found"], row["status"]) == ("none", "skip")
+    assert row["needed"].endswith("mbq-export plugins build")
+    tmp_path.chmod(0o777)
+    row = next(row for row in run("doctor").document["result"]["checks"] if row["id"] == "plugins")
+    assert (row["status"], row["fix"]) == ("warn", f"chmod 700 {tmp_path}")
 
 
 def test_unknown_use_lists_the_known() -> None:

@@ -54,6 +54,13 @@ def test_path_for_another_gpu_ends_with_status_7() -> None:
     assert (outcome.status, outcome.code) == (7, "E7008")
 
 
+def test_path_says_whether_a_named_library_would_do(tmp_path: Path) -> None:
+    named = stand_in(tmp_path / "named.so")
+    assert run("plugins", "path", "--plugin-lib", named).document["result"]["file"] == str(named)
+    outcome = run("plugins", "path", "--plugin-lib", named, "--target", "orin")
+    assert (outcome.status, outcome.code) == (7, "E7008")
+
+
 def test_check_lists_plugins_abi_architectures_and_hash() -> None:
     outcome = run("plugins", "check", compiled.emulated_library())
     assert outcome.status == 0, outcome.err
