@@ -5,9 +5,8 @@
 Stacked linears follow each other whole: every part but the last ends with a tile.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
@@ -19,9 +18,10 @@ from mbq_export.schemes.base import CHANNEL, PackedWeight, QuantScheme
 from mbq_export.schemes.layouts.tiles import (
     TILE_COLUMNS,
     TILE_ROWS,
-    TiledWeight,
     padded,
     tile,
+    tiled_scales,
+    tiled_zeros,
 )
 
 ROWS_AT_ONCE: Final = 1024
@@ -51,61 +51,53 @@ def zeros_shape(n: int, k: int, *, group_size: int) -> tuple[int, int, int]:
 
 
 def tiles_tensor(name: str, source: PackedSource) -> StreamedTensor:
-    """INT32 codes in tiles."""
+    """INT32 codes in tiles, some rows at a time."""
     scheme = SCHEMES[source.scheme]
-    return _tensor(
-        name, source, ir.DataType.INT32, tiles_shape(source.n, source.k, scheme=scheme), _codes
+    return StreamedTensor(
+        name,
+        dtype=ir.DataType.INT32,
+        shape=tiles_shape(source.n, source.k, scheme=scheme),
+        blocks=lambda: (
+            tile(_rows(weight, start, scheme), scheme=scheme).codes
+            for weight in source.weights()
+            for start in range(0, weight.n, ROWS_AT_ONCE)
+        ),
     )
 
 
 def tiled_scales_tensor(name: str, source: PackedSource) -> StreamedTensor:
     """FLOAT16 scales beside the tiles; per channel FLOAT, a sixteenth of each."""
-    dtype = ir.DataType.FLOAT if source.group_size == CHANNEL else ir.DataType.FLOAT16
-    shape = scales_shape(source.n, source.k, group_size=source.group_size)
-    return _tensor(name, source, dtype, shape, lambda tiled: tiled.scales)
+    return StreamedTensor(
+        name,
+        dtype=ir.DataType.FLOAT if source.group_size == CHANNEL else ir.DataType.FLOAT16,
+        shape=scales_shape(source.n, source.k, group_size=source.group_size),
+        blocks=lambda: (tiled_scales(weight) for weight in source.weights()),
+    )
 
 
 def tiled_zeros_tensor(name: str, source: PackedSource) -> StreamedTensor:
     """INT32 zero points beside the tiles, two to a byte."""
-    shape = zeros_shape(source.n, source.k, group_size=source.group_size)
-    return _tensor(name, source, ir.DataType.INT32, shape, _zeros)
-
-
-def _tensor(
-    name: str,
-    source: PackedSource,
-    dtype: ir.DataType,
-    shape: tuple[int, ...],
-    part: Callable[[TiledWeight], NDArray[Any]],
-) -> StreamedTensor:
     return StreamedTensor(
-        name, dtype=dtype, shape=shape, blocks=lambda: (part(rows) for rows in _tiled(source))
+        name,
+        dtype=ir.DataType.INT32,
+        shape=zeros_shape(source.n, source.k, group_size=source.group_size),
+        blocks=lambda: (
+            tiled_zeros(_zeros(weight, source.middle), weight) for weight in source.weights()
+        ),
     )
-
-
-def _codes(tiled: TiledWeight) -> NDArray[Any]:
-    return tiled.codes
-
-
-def _zeros(tiled: TiledWeight) -> NDArray[Any]:
-    assert tiled.zeros is not None
-    return tiled.zeros
-
-
-def _tiled(source: PackedSource) -> Iterator[TiledWeight]:
-    """Yield some rows of each linear after the other."""
-    scheme = SCHEMES[source.scheme]
-    for weight in source.weights():
-        for start in range(0, weight.n, ROWS_AT_ONCE):
-            yield tile(_rows(weight, start, scheme), scheme=scheme)
 
 
 def _rows(weight: PackedWeight, start: int, scheme: QuantScheme) -> PackedWeight:
     """Rows of a weight without its bias, with zero points where the scheme has them."""
     rows = slice(start, start + ROWS_AT_ONCE)
-    zeros = None if weight.zeros is None else weight.zeros[rows]
-    if zeros is None and not scheme.symmetric:
-        zeros = np.full(weight.scales[rows].shape, scheme.middle, np.uint8)
+    zeros = None if scheme.symmetric else _zeros(weight, scheme.middle)[rows]
     return replace(
         weight, words=weight.words[rows], scales=weight.scales[rows], zeros=zeros, bias=None
     )
+
+
+def _zeros(weight: PackedWeight, middle: int) -> NDArray[np.uint8]:
+    """(N, G) zero points, also of codes that were rounded without any."""
+    if weight.zeros is None:
+        return np.full(weight.scales.shape, middle, np.uint8)
+    return weight.zeros

@@ -179,8 +179,8 @@ def tile(weight: PackedWeight, *, scheme: QuantScheme) -> TiledWeight:
         k=weight.k,
         group_size=weight.group_size,
         codes=_little(np.concatenate(parts)).view(np.int32),
-        scales=_tiled_scales(weight),
-        zeros=None if weight.zeros is None else _tiled_zeros(weight.zeros, weight),
+        scales=tiled_scales(weight),
+        zeros=None if weight.zeros is None else tiled_zeros(weight.zeros, weight),
         bias=weight.bias,
     )
 
@@ -304,7 +304,8 @@ def _ungrouped(tiles: NDArray[Any], n: int, k: int, group_size: int) -> NDArray[
     return np.ascontiguousarray(rows[:n, : k // group_size])
 
 
-def _tiled_scales(weight: PackedWeight) -> NDArray[np.float16] | NDArray[np.float32]:
+def tiled_scales(weight: PackedWeight) -> NDArray[np.float16] | NDArray[np.float32]:
+    """Scales of a weight in the order of `TiledWeight.scales`."""
     if weight.group_size != CHANNEL:
         return _grouped(weight.scales, weight.n, weight.k, weight.group_size).astype(
             "<f2", copy=False
@@ -321,7 +322,8 @@ def _scales_of(tiled: TiledWeight) -> NDArray[np.float16] | NDArray[np.float32]:
     return scales
 
 
-def _tiled_zeros(zeros: NDArray[np.uint8], weight: PackedWeight) -> NDArray[np.int32]:
+def tiled_zeros(zeros: NDArray[np.uint8], weight: PackedWeight) -> NDArray[np.int32]:
+    """(N, G) zero points in the order of `TiledWeight.zeros`; the weight gives sizes."""
     halves = _grouped(zeros, weight.n, weight.k, weight.group_size).astype(np.uint8)
     packed = halves[..., 0] | halves[..., 1] << 4
     return np.ascontiguousarray(packed).view("<i4")
