@@ -135,4 +135,4 @@ def _whole(path: Path) -> bool:
 
 
 def _same(path: Path, facts: dict[str, Any]) -> bool:
-    return path.stat().st_size == facts["bytes"] and sha256_of(path) == facts["sha256"]
+    return bool(path.stat().st_size == facts["bytes"] and sha256_of(path) == facts["sha256"])

@@ -130,9 +130,9 @@ def _check(console: Console, file: Path) -> None:
 
 def _sms(targets: list[str] | None) -> tuple[int, ...]:
     from mbq_export.native import local_gpu
-    from mbq_export.target import Target
+    from mbq_export.target import AUTO, Target
 
-    gpu = local_gpu()
+    gpu = local_gpu() if AUTO in (targets or ()) else None
     parsed = [Target.parse(each, local_sm=gpu.sm if gpu else None) for each in targets or ()]
     return tuple(sorted({each.sm for each in parsed if each.sm is not None}))
 

@@ -11,7 +11,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from mbq_export import cache
 from mbq_export.errors import FormatError, IncompatibleError, MachineError
@@ -49,6 +49,17 @@ class PluginLibrary:
     archs: tuple[str, ...]
     headers: str
     found: str
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What ``plugin.json`` beside it says of it."""
+        return {
+            "schema": RECORD_SCHEMA,
+            "abi": self.abi,
+            "sha256": self.sha256,
+            "archs": list(self.archs),
+            "trt_headers": self.headers,
+        }
 
     def serves(self, sm: int) -> bool:
         """Whether a GPU can run it: machine code of the same generation and not newer, or PTX not newer."""
@@ -90,12 +101,13 @@ def find_plugin_library(
         library = read_plugin_library(packed, found="bundle")
         _check_record(library)
         return _fitting(library, sms, sha256)
-    built = [library for library in cached_libraries() if sha256 in {None, library.sha256}]
-    serving = [library for library in built if all(map(library.serves, sms))]
+    built = cached_libraries()
+    right = [library for library in built if sha256 in {None, library.sha256}]
+    serving = [library for library in right if all(map(library.serves, sms))]
     if serving:
         return max(serving, key=lambda each: (len(each.archs), each.sha256))
     if built:
-        return _fitting(built[0], sms, sha256)
+        return _fitting((right or built)[0], sms, sha256)
     places = [*([str(packed)] if packed else []), f"{cache.folder(CACHE_KIND)} (for these sources)"]
     raise MachineError(
         "E3005",

@@ -23,7 +23,6 @@ from mbq_export.plugin_library import (
     CACHE_KIND,
     FILE_NAME,
     RECORD_NAME,
-    RECORD_SCHEMA,
     PluginLibrary,
     read_plugin_library,
 )
@@ -159,15 +158,7 @@ def _compiled(recipe: Recipe, cmake: str, folder: Path, progress: Progress) -> P
 
 def _describe(staged: Path, sources: str, found: dict[str, str]) -> None:
     library = read_plugin_library(staged / FILE_NAME, found="cache")
-    record = {
-        "schema": RECORD_SCHEMA,
-        "abi": library.abi,
-        "sha256": library.sha256,
-        "archs": list(library.archs),
-        "trt_headers": library.headers,
-        "nvcc": found["nvcc"],
-        "sources_sha256": sources,
-    }
+    record = {**library.record, "nvcc": found["nvcc"], "sources_sha256": sources}
     write_file(staged / RECORD_NAME, json_bytes(record))
 
 

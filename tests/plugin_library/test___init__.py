@@ -112,6 +112,13 @@ def test_of_several_the_one_with_the_wanted_hash_is_taken() -> None:
         assert find_plugin_library(sha256=wanted).path == entry / FILE_NAME
 
 
+def test_a_hash_that_no_library_in_the_cache_has_is_named() -> None:
+    cached("key", native.sources_sha256(native.source_root()))
+    with pytest.raises(IncompatibleError, match="another plugin library") as caught:
+        find_plugin_library(sha256="f" * 64)
+    assert "the manifest says ffffffffffffffff..." in caught.value.why
+
+
 def test_a_library_of_another_release_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match="plugins of this release") as caught:
         find_plugin_library(named=stand_in(tmp_path / "x.so", abi=2))

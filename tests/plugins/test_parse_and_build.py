@@ -24,7 +24,7 @@ from tests.plugins import compiled
 
 pytestmark = pytest.mark.trt
 
-N, K = 48, 256
+N, K = 64, 256
 ONNX_TYPES = {torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorProto.BFLOAT16}
 RTX_TYPES = {torch.float16: "HALF", torch.bfloat16: "BF16"}
 
@@ -52,10 +52,11 @@ builder = trt.Builder(log)
 network = builder.create_network(0)
 parser = trt.OnnxParser(network, log)
 parsed = parser.parse_from_file(sys.argv[2])
-plugins, size = [], 0
+plugins, size, output = [], 0, None
 if parsed:
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     plugins = [[each.name, tensors(each)] for each in layers if each.type == trt.LayerType.PLUGIN_V3]
+    output = list(network.get_output(0).shape)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.num_compute_capabilities = 1
@@ -66,7 +67,7 @@ if parsed:
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     size = 0 if plan is None else plan.nbytes
-print(json.dumps({{"loaded": library is not None, "parsed": parsed, "plugins": plugins, "plan": size,
+print(json.dumps({{"loaded": library is not None, "parsed": parsed, "plugins": plugins, "plan": size, "output": output,
                   "log": log.lines}}), flush=True)
 os._exit(0)
 """
@@ -161,21 +162,29 @@ def test_a_node_becomes_one_plugin_layer_of_a_plan(node: Node, tmp_path: Path) -
     found = built(node, tmp_path)
     assert found["parsed"], found["log"]
     activation = RTX_TYPES[node.dtype]
-    zeros = [["INT32", [3, K // node.group_size, 2]]] if node.scheme != "w4a8" else []
-    scales = ["HALF", [3, K // node.group_size, 8, 2]] if node.group_size else ["FLOAT", [N]]
+    zeros = [["INT32", [N // 16, K // node.group_size, 2]]] if node.scheme != "w4a8" else []
+    scales = ["HALF", [N // 16, K // node.group_size, 8, 2]] if node.group_size else ["FLOAT", [N]]
     expected = [
         [activation, [-1, -1, K]],
-        ["INT32", [3, 2, 192 if node.scheme == "w3a16" else 256]],
+        ["INT32", [N // 16, 2, 192 if node.scheme == "w3a16" else 256]],
         scales,
         *zeros,
         *([[activation, [N]]] if node.bias else []),
     ]
     assert found["plugins"] == [["layers.0.q", expected]]
+    assert found["output"] == [-1, -1, N]
     assert found["plan"] > 0
     rows = [line for text in found["log"] for line in text.splitlines() if "LayerType: " in line]
     custom = [row for row in rows if "LayerType: custom_layer" in row]
     assert len(custom) == 1
     assert "[ONNX Layer: layers.0.q]" in custom[0]
+
+
+def test_gate_and_up_leave_half_the_columns(tmp_path: Path) -> None:
+    node = Node(scheme="w3a16", dtype=torch.float16, changed={"epilogue": 1})
+    found = built(node, tmp_path)
+    assert found["output"] == [-1, -1, N // 2]
+    assert found["plan"] > 0
 
 
 @pytest.mark.parametrize(
@@ -185,7 +194,7 @@ def test_a_node_becomes_one_plugin_layer_of_a_plan(node: Node, tmp_path: Path) -
         (Node(scheme="w3a16", dtype=torch.float16, changed={"K": 384}), "parse", "x has 256 columns, expected K = 384"),
         (Node(scheme="w3a16", dtype=torch.float16, changed={"has_bias": 1}), "parse", "4 inputs, expected 5"),
         (Node(scheme="w3a16", dtype=torch.float16, changed={"bits": 4}), "parse", "bits is 4, not 3"),
-        (Node(scheme="w3a16", dtype=torch.float16, changed={"N": 64}), "build", "input 1 has rank 3 and size 3 first"),
+        (Node(scheme="w3a16", dtype=torch.float16, changed={"N": 96}), "build", "input 1 has rank 3 and size 4 first"),
     ],
     ids=["missing", "K", "bias", "bits", "N"],
 )  # fmt: skip

@@ -2,9 +2,11 @@
 #include "common/linear_spec.h"
 
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "common/guarded.h"
 #include "expect.h"
 
 using namespace mbq;
@@ -178,6 +180,12 @@ void the_kernels_get_what_the_fields_say() {
     EXPECT(plain.bias == nullptr);
 }
 
+void an_exception_ends_at_the_guard() {
+    EXPECT(guarded("op", -1, [] { return 7; }) == 7);
+    EXPECT(guarded("op", -1, []() -> int { throw std::runtime_error("planted"); }) == -1);
+    EXPECT(guarded("op", false, []() -> bool { throw 5; }) == false);
+}
+
 }  // namespace
 
 int main() {
@@ -190,5 +198,6 @@ int main() {
     shapes_are_compared_one_by_one();
     scratch_never_shrinks_as_rows_grow();
     the_kernels_get_what_the_fields_say();
+    an_exception_ends_at_the_guard();
     return verdict();
 }
