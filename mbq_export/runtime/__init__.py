@@ -52,6 +52,7 @@ TORCH: Final = "torch"
 ORACLE: Final = "oracle"
 AUTO: Final = "auto"
 ORT: Final = "ort"
+PLUGIN: Final = "plugin"
 QDQ: Final = "qdq"
 
 
@@ -154,8 +155,10 @@ def graph_record(
             return found
     raise UsageError(
         "E2001",
-        f"The bundle has no {dtype} graph {' '.join(filter(None, (name, lowering)))}.",
-        why=f"it has {', '.join(graph['file'] for graph in graphs)}",
+        f"The bundle has no {dtype} graph {' '.join(filter(None, (name, lowering)))} for ONNX Runtime.",
+        why="plugins run in engines of TensorRT only"
+        if lowering == PLUGIN
+        else f"it has {', '.join(graph['file'] for graph in graphs)}",
         fix=("--lowering qdq", "--backend oracle runs the checkpoint itself"),
     )
 

@@ -195,6 +195,15 @@ def test_names_are_those_of_the_exporter(subject: Subject) -> None:
     }
 
 
+def test_a_plugin_graph_is_for_engines_and_the_error_says_so(subject: Subject) -> None:
+    with pytest.raises(UsageError, match="has no fp32 graph decoder_model_merged plugin") as caught:
+        graph_record(subject.bundle, DECODER, lowering="plugin")
+    assert caught.value.why == "plugins run in engines of TensorRT only"
+    with pytest.raises(UsageError) as caught:
+        graph_record(subject.bundle, DECODER, dtype="bf16", lowering="qdq")
+    assert "decoder_model_merged_qdq_trt_fp16.onnx" in (caught.value.why or "")
+
+
 def test_streamed_pieces_are_the_text(session: Session) -> None:
     options = Options(max_new_tokens=NEW_TOKENS)
     stream = session.stream(PROMPTS[0], pictures(1), options=options)
