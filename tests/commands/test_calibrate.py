@@ -1,5 +1,6 @@
 """`calibrate`: a folder of channel scales, or nothing."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,39 @@ def test_wrong_request_leaves_nothing(
     assert (outcome.status, outcome.code) == (status, code)
     assert words in outcome.document["error"]["message"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rounded_activations_go_from_command_to_command(model: Path, tmp_path: Path) -> None:
+    scales, checkpoint, graphs = (tmp_path / name for name in ("scales", "checkpoint", "graphs"))
+    line = ("--scheme", "w4a8", "--method", "awq", "--group-size", "channel")
+    outcome = run("calibrate", "--model", model, *DATA, *line, "-o", scales)
+    assert outcome.status == 0, outcome.err
+    calib = json.loads((scales / "calib.json").read_text())
+    assert (calib["scheme"], calib["group_size"]) == ("w4a8", 0)
+    outcome = run("quantize", "--model", model, "--scales", scales, "-o", checkpoint)
+    assert outcome.status == 0, outcome.err
+    assert {linear["group_size"] for linear in outcome.document["result"]["linears"]} == {0}
+    outcome = run("export", checkpoint, "--lowering", "reference,qdq", "-o", graphs)
+    assert outcome.status == 0, outcome.err
+    names = {graph["file"] for graph in outcome.document["result"]["graphs"]}
+    assert {"decoder_model_merged_reference.onnx", "decoder_model_merged_qdq_ort.onnx"} <= names
+
+
+def test_groups_of_rounded_activations_are_refused_as_qdq_and_written_as_reference(
+    model: Path, tmp_path: Path
+) -> None:
+    scales, checkpoint = tmp_path / "scales", tmp_path / "checkpoint"
+    line = ("--scheme", "w4a8", "--method", "rtn", "--group-size", "128")
+    assert run("calibrate", "--model", model, *DATA, *line, "-o", scales).status == 0
+    outcome = run("quantize", "--model", model, "--scales", scales, "-o", checkpoint)
+    assert {linear["group_size"] for linear in outcome.document["result"]["linears"]} == {128}
+    for runtime in ("ort", "trt"):
+        line = ("--lowering", "qdq", "--runtime", runtime)
+        outcome = run("export", checkpoint, *line, "-o", tmp_path / "no")
+        assert (outcome.status, outcome.code) == (2, "E2006")
+        why = outcome.document["error"]["why"]
+        assert why.startswith("group-wise W4A8 needs the plugin lowering")
+    assert not (tmp_path / "no").exists()
+    outcome = run("export", checkpoint, "-o", tmp_path / "graphs")
+    graphs = outcome.document["result"]["graphs"]
+    assert [graph["form"]["lowering"] for graph in graphs if graph["form"]] == ["reference"]

@@ -13,9 +13,12 @@ import pytest
 
 from mbq_export.bundle import Bundle
 from mbq_export.errors import GateError, MbqError
+from mbq_export.evaluate.tolerances import PARITY_ROUNDED
 from mbq_export.pipeline.request import BuildRequest
 from mbq_export.pipeline.stages import build
 from mbq_export.progress import Progress, silent
+from mbq_export.runtime import lowerings_of
+from mbq_export.schemes.base import CHANNEL
 from mbq_export.writing import partial_path
 from tests.command_line import PROGRAM, ROOT
 from tests.tiny import Tiny, write_tiny
@@ -91,6 +94,28 @@ def test_baseline_goes_the_same_way(model: Path, tmp_path: Path) -> None:
     manifest = Bundle.open(tmp_path / "fp").manifest
     assert manifest["quant"]["scheme"]["name"] == "none"
     assert manifest["calibration"] is None
+
+
+@pytest.mark.parametrize(
+    ("group_size", "lowerings"), [(CHANNEL, ["qdq", "reference"]), (128, ["reference"])]
+)
+def test_rounded_activations_go_the_same_way(
+    model: Path, tmp_path: Path, group_size: int, lowerings: list[str]
+) -> None:
+    out = tmp_path / "rounded"
+    result = build(
+        request_for(model, out, weight_bits=None, scheme="w4a8", group_size=group_size), Ear()
+    )
+    bundle = Bundle.open(out, verify=True)
+    assert bundle.manifest["quant"]["scheme"]["activation"]["bits"] == 8
+    assert {row["group_size"] for row in bundle.manifest["quant"]["linears"]} == {group_size}
+    assert lowerings_of(bundle) == lowerings
+    assert result.gates is not None
+    assert result.gates.context["lowering"] == lowerings[0]
+    gates = {gate["name"]: gate for gate in bundle.manifest["gates"] if gate["tier"] == "numeric"}
+    assert gates["parity.linear"]["threshold"] == PARITY_ROUNDED["fp32"].linear_error
+    assert gates["parity.linear"]["value"] < 1e-6, "the codes are equal to the bit"
+    assert gates["parity.relative_error"]["threshold"] == PARITY_ROUNDED["fp32"].relative_error
 
 
 def test_failed_gate_publishes_nothing_and_keeps_the_work(

@@ -53,6 +53,16 @@ def test_activations_round_to_int8_with_ties_to_even() -> None:
     assert (codes.dtype, scales.dtype) == (np.int8, np.float32)
 
 
+def test_the_example_of_the_format_s_page() -> None:
+    """docs/formats/checkpoint.md, with zeros where the page stops at four columns."""
+    x, q = np.zeros((1, 8)), np.zeros((1, 8), np.int64)
+    x[0, :4], q[0, :4] = (127, 0.5, 1.5, -3.5), (1, 0, 2, -3)
+    weight = replace(weight_of(q), scales=np.array([[0.5]], np.float32))
+    assert quantize_activations(x)[0][0, :4].tolist() == [127, 0, 2, -4]
+    assert integer_sums(quantize_activations(x)[0], weight).item() == 143
+    assert int8_linear(x, weight).item() == 71.5
+
+
 def test_a_row_of_zeros_has_codes_0_and_the_smallest_scale() -> None:
     codes, scales = quantize_activations(np.zeros((2, 8), np.float16))
     assert not codes.any()

@@ -19,6 +19,7 @@ from mbq_export.evaluate.lookup import dig, items, number, words
 from mbq_export.evaluate.plots import Bar, Line, lines, stacked_bars
 from mbq_export.evaluate.wording import figure, percent, size
 from mbq_export.schemes import SCHEMES
+from mbq_export.schemes.base import group_name
 
 HALVES: Final = {"attention": "self_attn.o_proj", "MLP": "mlp.down_proj"}
 """Half of a block to the linear at whose output its gradients are measured."""
@@ -82,7 +83,7 @@ def _bits(linears: Sequence[Mapping[str, Any]]) -> Table:
                 kind,
                 str(len(weights)),
                 f"{int(sum(weights)):,}",
-                f"{scheme} g{group}",
+                f"{scheme} {group_name(int(group)) if group.isdecimal() else group}",
                 figure(bits),
                 "" if bits is None else size(sum(weights) * bits / BITS_PER_BYTE),
             )
@@ -97,7 +98,7 @@ def _bits(linears: Sequence[Mapping[str, Any]]) -> Table:
 def bits_per_weight(scheme: str, group_size: str) -> float | None:
     """Bits of a weight with its share of scale and zero point; None for a scheme nobody knows."""
     known = SCHEMES.members().get(scheme)
-    if known is None or not group_size.isdecimal() or int(group_size) < 1:
+    if known is None or not group_size.isdecimal() or int(group_size) not in known.group_sizes:
         return None
     return known.bits_per_weight(int(group_size))
 

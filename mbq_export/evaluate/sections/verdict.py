@@ -7,6 +7,7 @@ from mbq_export.evaluate.document import BAD, GOOD, NEUTRAL, UNSURE, Note, Verdi
 from mbq_export.evaluate.gathering import BENCH, VALIDATE, Found, Result, Subject
 from mbq_export.evaluate.lookup import dig, entries, items, texts, words
 from mbq_export.report import Check, Report
+from mbq_export.schemes.base import group_name
 
 SHOWN_FAILURES: Final = 4
 SHOWN_REASONS: Final = 2
@@ -118,7 +119,8 @@ def scheme_of(subject: Subject) -> str:
     if name in (None, "none"):
         return "not quantized" if name else "scheme not recorded"
     method = dig(quant, "method", "name") or dig(quant, "method", "method")
-    return " ".join(filter(None, [words(name), f"g{words(group)}", words(method)]))
+    named = group_name(group) if isinstance(group, int) else ""
+    return " ".join(filter(None, [words(name), named, words(method)]))
 
 
 def _where(report: Report) -> list[Note]:

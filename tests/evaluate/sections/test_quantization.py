@@ -6,7 +6,12 @@ import pytest
 
 from mbq_export.evaluate.document import Figure, Heading, Missing, Note, Section, Table
 from mbq_export.evaluate.gathering import gather
-from mbq_export.evaluate.sections.quantization import bits_per_weight, layer_and_linear, section
+from mbq_export.evaluate.sections.quantization import (
+    _bits,
+    bits_per_weight,
+    layer_and_linear,
+    section,
+)
 from tests.evaluate.reported import bundle_folder
 
 
@@ -96,6 +101,13 @@ def test_parts_that_a_method_does_not_need_are_said_to_be_missing(tmp_path: Path
 )
 def test_module_paths_are_split_at_the_layer(name: str, split: tuple[int, str]) -> None:
     assert layer_and_linear(name) == split
+
+
+def test_a_scale_per_channel_counts_as_nothing_and_is_named() -> None:
+    assert bits_per_weight("w4a8", "0") == 4.0
+    assert bits_per_weight("w4a8", "128") == 4.125
+    row = {"name": "model.layers.0.o_proj", "n": 8, "k": 8, "scheme": "w4a8", "group_size": 0}
+    assert _bits([row]).rows[0][3] == "w4a8 channel"
 
 
 @pytest.mark.parametrize(("scheme", "group"), [("w9", "128"), ("w3a16", "0"), ("w3a16", "x")])

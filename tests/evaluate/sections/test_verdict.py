@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mbq_export.evaluate.document import BAD, GOOD, UNSURE, Verdict
 from mbq_export.evaluate.gathering import gather
-from mbq_export.evaluate.sections.verdict import place, verdicts
+from mbq_export.evaluate.sections.verdict import place, scheme_of, verdicts
 from tests.evaluate.reported import benchmark, bundle_folder, engine, found_of, validation, write
 
 
@@ -33,6 +34,12 @@ def test_a_bundle_that_passed_its_gates_passes(tmp_path: Path) -> None:
         "Engine rtx-1.7.1.116/sm89 not verified: built without a GPU",
     ]
     assert found.lines[-1].tone == UNSURE
+
+
+@pytest.mark.parametrize(("group", "words"), [(0, "w4a8 channel rtn"), (128, "w4a8 g128 rtn")])
+def test_one_scale_per_channel_has_a_name(group: int, words: str) -> None:
+    quant = {"scheme": {"name": "w4a8", "group_size": group}, "method": {"name": "rtn"}}
+    assert scheme_of(SimpleNamespace(manifest={"quant": quant})) == words  # type: ignore[arg-type]
 
 
 def test_a_failed_gate_and_its_place_are_named(tmp_path: Path) -> None:
