@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
@@ -41,29 +42,34 @@ class Exported:
 @pytest.fixture(scope="module")
 def exported() -> Iterator[Exported]:
     with TemporaryDirectory() as root:
-        request = BuildRequest(
-            model=str(SAMPLE_WEIGHTS),
-            out=Path(root) / "bundle",
-            method="rtn",
-            data="builtin:shapes",
-            samples=2,
-            targets=tuple(TARGETS),
-            max_context=512,
-        )
-        plan = make_plan(request)
-        rounded = ChannelScales(
-            scales={}, sensitivity={}, calib={"switches": Switches(method="rtn").resolved()}
-        )
-        checkpoint = quantize(
-            sample_model(),
-            rounded,
-            scheme=plan.scheme,
-            group_size=request.group_size,
-            out=Path(root) / "weights",
-        )
-        forms = tuple(form for form in graph_forms(plan) if form.target == "trt")
-        onnx = Path(root) / "onnx"
-        yield Exported(plan, onnx, export(checkpoint, onnx, family=plan.family, forms=forms))
+        yield export_rounded(Path(root), targets=tuple(TARGETS))
+
+
+def export_rounded(root: Path, **changes: Any) -> Exported:
+    """Round the sample model, 3 bits unless told otherwise, and write its standard operators for TensorRT."""
+    fixed = {
+        "model": str(SAMPLE_WEIGHTS),
+        "out": root / "bundle",
+        "method": "rtn",
+        "data": "builtin:shapes",
+        "samples": 2,
+        "max_context": 512,
+        "lowering": "qdq",
+    }
+    plan = make_plan(BuildRequest(**{**fixed, **changes}))
+    rounded = ChannelScales(
+        scales={}, sensitivity={}, calib={"switches": Switches(method="rtn").resolved()}
+    )
+    checkpoint = quantize(
+        sample_model(),
+        rounded,
+        scheme=plan.scheme,
+        group_size=plan.group_size,
+        out=root / "weights",
+    )
+    forms = tuple(form for form in graph_forms(plan) if form.target == "trt")
+    onnx = root / "onnx"
+    return Exported(plan, onnx, export(checkpoint, onnx, family=plan.family, forms=forms))
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +142,16 @@ def test_linear_that_is_not_packed_stops_the_build(exported: Exported, tmp_path:
         make(wrong, tmp_path)
     assert error.value.code == "E1108"
     assert "no Int4 constant: lm_head" in error.value.why
+
+
+def test_rounded_activations_become_integer_products(tmp_path: Path) -> None:
+    exported = export_rounded(tmp_path, targets=("rtx4090:rtx",), scheme="w4a8")
+    (record,) = make(exported, tmp_path).values()
+    checks = {check.name: check.ok for check in record.engines["decoder"].checks}
+    assert checks["engine.A4"] is True
+    assert all(checks.values()), checks
+    (path,) = (tmp_path / "engines").rglob("layers.json")
+    rows = json.loads(path.read_text())["engines"]["decoder"]["layers"]
+    products = [row for row in rows if [each[1] for each in row["in"]] == ["Int8", "Int8"]]
+    assert len(products) == LINEARS
+    assert {row["out"][0][1] for row in products} == {"Float"}
