@@ -148,7 +148,6 @@ class LinearPlugin final : public nvinfer1::IPluginV3,
     int32_t enqueue(const Tensor *input_tensors, const Tensor *, const void *const *inputs, void *const *outputs,
                     void *workspace, cudaStream_t stream) noexcept override {
         const int64_t rows = rows_of(shape_from(input_tensors[0].dims));
-        if (rows == 0) return 0;
         if (rows < 0 || (most_rows_ > 0 && rows > most_rows_))
             return refuse(Reason::of("%lld rows, configured for %d", static_cast<long long>(rows), most_rows_));
         const Element activation = element_from(input_tensors[0].type);
