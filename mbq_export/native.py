@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final, cast
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +131,72 @@ def run_child(
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak,
         log=log,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningChild:
+    """A program that answers through pipes until it is told to end.
+
+    Attributes:
+        requests: Its standard input.
+        answers: Its standard output; its errors go to the log.
+        log: That log.
+    """
+
+    requests: BinaryIO
+    answers: BinaryIO
+    log: Path
+    _process: subprocess.Popen[bytes]
+    _started: float
+
+    def finish(self) -> ChildResult:
+        """Close its input, give it `GRACE_S`, end its group, and say how it ended."""
+        with contextlib.suppress(BrokenPipeError):
+            self.requests.close()
+        ended, peak = _watched(self._process.pid, GRACE_S)
+        status = _reap(self._process)
+        self.answers.close()
+        return ChildResult(
+            status=status if status >= 0 else None,
+            signal=signal.Signals(-status).name if status < 0 else None,
+            timed_out=not ended,
+            seconds=time.monotonic() - self._started,
+            peak_rss_bytes=peak,
+            log=self.log,
+        )
+
+
+def start_child(
+    argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> RunningChild:
+    """Start a program that answers through pipes.
+
+    Args:
+        argv: Program and arguments; no shell reads them.
+        log: File that receives its errors; replaced.
+        env: Whole environment of the child; None for ours.
+        cwd: Its working folder; None for ours.
+    """
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            list(argv),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=None if env is None else dict(env),
+            cwd=cwd,
+            start_new_session=True,
+        )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    _limit(process.pid, None)
+    return RunningChild(
+        requests=cast("BinaryIO", process.stdin),
+        answers=cast("BinaryIO", process.stdout),
+        log=log,
+        _process=process,
+        _started=time.monotonic(),
     )
 
 

@@ -10,7 +10,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,15 +72,28 @@ class Outcome:
 
 
 def availability(flavour: str) -> Availability:
-    """Whether a flavour is installed; nothing of it is imported."""
+    """Whether a flavour is installed; nothing of it is imported here."""
     wanted = _trt_flavour.FLAVOURS[flavour]
     try:
-        installed = _trt_flavour.find(flavour)
+        installed = installed_flavour(flavour)
     except MachineError as error:
         return Availability(ok=False, found=error.why, needed=wanted.title, fix=wanted.install)
     return Availability(
         ok=True, found=installed.label, needed=wanted.title, version=installed.version
     )
+
+
+def installed_flavour(flavour: str) -> Installed:
+    """Look a flavour up; a package without a version, as some systems have it, is asked in a child.
+
+    Raises:
+        MachineError: E3003, E3013.
+        BuildError: E6003 if it crashes.
+    """
+    installed = _trt_flavour.find(flavour)
+    if installed.version != _trt_flavour.UNKNOWN:
+        return installed
+    return replace(installed, version=probe(flavour).version)
 
 
 def probe(flavour: str) -> Result:
@@ -128,8 +141,9 @@ def build(
         with located(graph.name):
             check_profile(graph)
             check_memory(graph)
-    installed = _trt_flavour.find(flavour)
-    check_device(flavour, request, local_gpu())
+    installed = installed_flavour(flavour)
+    if flavour not in AHEAD_OF_TIME:
+        check_device(flavour, request.target, local_gpu())
     engines: dict[str, EngineFile] = {}
     tables: dict[str, LayerTable] = {}
     with staging(request.out) as folder:

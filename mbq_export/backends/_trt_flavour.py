@@ -23,6 +23,9 @@ OWN_FREE_LISTS: Final = "glibc.malloc.tcache_count=65535"
 """Memory that one thread of the library frees is not reused by another. Without it 11 of 60 builds of a
 two-layer decoder on a busy machine ordered a table in the plan differently; with it none of 60."""
 
+UNKNOWN: Final = "unknown"
+"""Version of a package that does not tell it."""
+
 PASSED_ON: Final = ("LD_LIBRARY_PATH", "PYTHONPATH", "PATH", "CUDA_VISIBLE_DEVICES")
 
 
@@ -169,4 +172,4 @@ def _version(flavour: Flavour) -> str:
     for distribution in flavour.distributions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(distribution)
-    return "unknown"
+    return UNKNOWN

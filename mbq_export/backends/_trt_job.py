@@ -40,7 +40,7 @@ class Job:
     """One call of TensorRT.
 
     Attributes:
-        op: ``probe``, ``parse`` or ``build``.
+        op: ``probe``, ``parse``, ``build`` or ``session``.
         workdir: Private folder of the call.
         flavour: Name of the flavour.
         module: Module to import.
@@ -48,9 +48,10 @@ class Job:
         library: The file that name must lead to.
         plugins: Plugin library to load, or nothing.
         plugin_layers: Names of the nodes that must become plugin layers, by operator.
-        onnx: Graph file, a name in ``workdir``.
+        onnx: Graph file, or engine file of a session.
         inputs: Input names of the contract.
         outputs: Output names of the contract.
+        shapes: Shape of each output, sizes that vary as symbols; for a session.
         profile: Shapes of the single profile.
         cc: Devices to build for, as ``SM89``; none for the GPU of this machine.
         flags: Builder flags, by name.
@@ -70,6 +71,7 @@ class Job:
     onnx: str = ""
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    shapes: Mapping[str, list[Any]] = field(default_factory=dict)
     profile: Profile = field(default_factory=dict)
     cc: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()

@@ -96,6 +96,7 @@ class Meaning:
     fix: tuple[str, ...]
 
 
+_WITHOUT = "--backend ort runs the same bundle"
 _REPORT = "look at the log, and report it with the ONNX file's name and the library's version"
 
 MEANINGS: Final = {
@@ -147,6 +148,40 @@ MEANINGS: Final = {
         why="options of the builder differ between versions",
         fix=("leave the option out", "delete the timing cache"),
     ),
+    "gpu-missing": Meaning(
+        error=MachineError,
+        code="E3001",
+        why="an engine holds code for one kind of GPU",
+        fix=(_WITHOUT,),
+    ),
+    "gpu-memory": Meaning(
+        error=ResourceError,
+        code="E5005",
+        why="engine, cache and workspace share the memory of the GPU",
+        fix=(
+            "close other programs on the GPU",
+            "build again with a smaller --max-context",
+            _WITHOUT,
+        ),
+    ),
+    "gpu-error": Meaning(
+        error=BuildError,
+        code="E6009",
+        why="the process that held the engine was ended, so nothing wrong came back",
+        fix=("run the command again", _WITHOUT),
+    ),
+    "trt-run": Meaning(
+        error=BuildError,
+        code="E6009",
+        why="the engine did not run",
+        fix=(_REPORT, _WITHOUT),
+    ),
+    "trt-load": Meaning(
+        error=BuildError,
+        code="E6008",
+        why="version, device, hashes and plugins were compared before",
+        fix=("build the engine again", _WITHOUT),
+    ),
     "plugin-load": Meaning(
         error=MachineError,
         code="E3005",
@@ -197,7 +232,7 @@ def checked(job: Job, child: ChildResult, *, timeout_s: float, logs: Path | None
         return result
     story, kept = Story.read(child.log), keep_logs(job.workdir, logs)
     if result is not None:
-        raise _refusal(job, result, story, kept)
+        raise refusal(job, result, story, kept)
     if child.timed_out:
         raise _timeout(story, timeout_s, kept)
     if child.signal is None and not _is_memory(child.tail()):
@@ -210,7 +245,7 @@ def checked(job: Job, child: ChildResult, *, timeout_s: float, logs: Path | None
     raise _death(job, child, story, kept)
 
 
-def _refusal(job: Job, result: Result, story: Story, kept: str) -> MbqError:
+def refusal(job: Job, result: Result, story: Story, kept: str) -> MbqError:
     """TensorRT, or our check of what it returned, said no."""
     memory = result.kind == "trt-build" and _is_memory(story.errors)
     kind = "trt-memory" if memory else result.kind

@@ -14,6 +14,7 @@ from mbq_export.backends._trt_layers import profile_shapes
 from mbq_export.backends.base import EngineGraph, EngineRequest
 from mbq_export.errors import FormatError, MachineError, ResourceError, UsageError
 from mbq_export.native import LocalGpu, available_memory
+from mbq_export.target import Target
 
 # Measured: 3.3 GB for 988 MB of weights, 0.3 GB for the sample model.
 BUILD_BYTES_PER_WEIGHT_BYTE: Final = 3.5
@@ -55,12 +56,12 @@ def check_request(flavour: str, request: EngineRequest) -> None:
         )
 
 
-def check_device(flavour: str, request: EngineRequest, gpu: LocalGpu | None) -> None:
+def check_device(flavour: str, target: Target, gpu: LocalGpu | None) -> None:
     """Refuse a full TensorRT build anywhere but on the target.
 
     Args:
         flavour: Which TensorRT.
-        request: What to build.
+        target: What to build for.
         gpu: The GPU of this machine.
 
     Raises:
@@ -69,7 +70,6 @@ def check_device(flavour: str, request: EngineRequest, gpu: LocalGpu | None) -> 
     """
     if flavour in AHEAD_OF_TIME:
         return
-    target = request.target
     if gpu is None:
         raise MachineError(
             "E3001",

@@ -36,7 +36,7 @@ CRASHED: Final = 1
 
 def probe(trt: Any, _job: Job) -> Result:
     """Make a builder, the smallest thing that needs the whole library."""
-    if trt.Builder(_logger(trt)) is None:
+    if trt.Builder(logger_of(trt)) is None:
         raise Refused("trt-build", "TensorRT made no builder.")
     return Result(version=str(trt.__version__), devices=_trt_versions.devices(trt))
 
@@ -50,7 +50,7 @@ def build(trt: Any, job: Job) -> Result:
     """Read the graph, compile it and write the plan."""
     # The parser owns the weights' memory: it must live until the plan is there.
     result, builder, network, _alive = _parsed(trt, job)
-    _stage("build")
+    stage("build")
     started = time.monotonic()
     config = _configured(trt, job, builder, network)
     plan = builder.build_serialized_network(network, config)
@@ -78,8 +78,8 @@ def main(argv: list[str]) -> NoReturn:
     job = Job.read(Path(argv[1]))
     answers: list[Result] = []
     try:
-        _stage("load")
-        trt = _loaded(job)
+        stage("load")
+        trt = loaded(job)
     except Refused as refused:
         answers.append(_refusal(refused))
     else:
@@ -108,12 +108,12 @@ def _refusal(refused: Refused) -> Result:
     return Result(kind=refused.kind, message=refused.message, details=refused.details)
 
 
-def _stage(name: str) -> None:
+def stage(name: str) -> None:
     """Note what begins, for the case that it does not end."""
     os.write(sys.stdout.fileno(), f"{STAGE_MARK}{name}\n".encode())
 
 
-def _loaded(job: Job) -> Any:
+def loaded(job: Job) -> Any:
     """Import TensorRT after making sure that its plain library name leads to the one that was found.
 
     Full TensorRT has no such link: its own package finds its library.
@@ -139,7 +139,7 @@ def _loaded(job: Job) -> Any:
     return trt
 
 
-def _logger(trt: Any) -> Any:
+def logger_of(trt: Any) -> Any:
     return trt.Logger(trt.Logger.VERBOSE)
 
 
@@ -149,12 +149,12 @@ def _parsed(trt: Any, job: Job) -> tuple[Result, Any, Any, Any]:
     Raises:
         Refused: ``trt-parse``, ``onnx-empty``, ``trt-io``, ``plugin-load``, ``plugin-creator`` or ``plugin-count``.
     """
-    logger = _logger(trt)
+    logger = logger_of(trt)
     builder = trt.Builder(logger)
     if job.plugins:
-        _stage("plugins")
+        stage("plugins")
         load_plugins(builder.get_plugin_registry(), job)
-    _stage("parse")
+    stage("parse")
     started = time.monotonic()
     network = builder.create_network(_trt_versions.network_flags(trt))
     parser = trt.OnnxParser(network, logger)

@@ -1,16 +1,17 @@
 """What the user asked for, and what each option means once it is checked."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from mbq_export.backends import BACKENDS
-from mbq_export.backends.base import Backend
+from mbq_export.backends._trt_preflight import AHEAD_OF_TIME, check_device
 from mbq_export.backends.ort import check_packages, installed_packages
 from mbq_export.bundle import MANIFEST
 from mbq_export.calibrate.data import CalibrationData, read_manifest
 from mbq_export.errors import MachineError, UsageError
+from mbq_export.export.profile import OPSET24
 from mbq_export.families.base import TextShape, VisionShape
 from mbq_export.families.locate import SHIPPED
 from mbq_export.native import local_gpu
@@ -203,18 +204,22 @@ def targets_of(request: BuildRequest) -> tuple[tuple[Target, ...], dict[str, str
 
     Raises:
         UsageError: E2001, E2012.
-        MachineError: E3003 if an engine is required.
+        MachineError: E3003 if an engine is required, or can only be built on its device; E3001 for such a one on a
+            machine without a GPU.
     """
     targets, skipped = [], {}
     for text in request.targets:
         target = _local_target() if text == AUTO else Target.parse(text)
         if target.flavour == "cpu":
             continue
-        available = _builder(target).available()
-        targets.append(target)
+        backend = BACKENDS[target.flavour]
+        available = backend.available()
         if available.ok:
+            targets.append(_known_version(target, available.version))
+            check_device(target.flavour, target, local_gpu())
             continue
-        if request.require_engine:
+        targets.append(target)
+        if request.require_engine or target.flavour not in AHEAD_OF_TIME:
             raise MachineError(
                 "E3003",
                 f"No engine for {target} can be built here.",
@@ -231,22 +236,20 @@ def _local_target() -> Target:
     return Target.parse("cpu" if gpu is None or gpu.sm not in SERVED["rtx"] else f"sm{gpu.sm}:rtx")
 
 
-def _builder(target: Target) -> Backend:
-    """Return the backend that builds for a target.
+def _known_version(target: Target, version: str) -> Target:
+    """The target with the version that is installed, whose operators a graph may use.
 
     Raises:
-        UsageError: E2012 for full TensorRT, whose engines must be built on the device.
+        UsageError: E2012 if it reads no graph that this release writes.
     """
-    backend = BACKENDS.members().get(target.flavour)
-    if backend is not None and backend.build is not None:
-        return backend
-    served = target.sm in SERVED["rtx"]
+    numbers = [int(part) for part in version.split(".")[:2] if part.isdecimal()]
+    if len(numbers) == 2:
+        target = replace(target, version=(numbers[0], numbers[1]))
+    if target.op_level >= OPSET24.level:
+        return target
     raise UsageError(
         "E2012",
-        f"This release builds no engines of full TensorRT, which {target} asks for.",
-        why="only TensorRT for RTX builds ahead of time, for "
-        + ", ".join(f"sm{sm}" for sm in sorted(SERVED["rtx"])),
-        fix=f"--target {target.name}:rtx"
-        if served
-        else "--target cpu: the bundle runs on ONNX Runtime",
+        f"TensorRT {version} reads no graph that this release writes for {target}.",
+        why="attention, rotation and cache updates are single operators, which TensorRT has from 10.15 on",
+        fix=("install TensorRT 10.15 or newer", "--target cpu: the bundle runs on ONNX Runtime"),
     )

@@ -19,6 +19,7 @@ from mbq_export.errors import FormatError, UsageError
 from mbq_export.families.inputs import Processor
 from mbq_export.families.locate import family_of, read_config
 from mbq_export.reading import read_json
+from mbq_export.runtime.host import engine_folder, hosted_engines
 from mbq_export.runtime.preprocess import HostMerge
 from mbq_export.runtime.request import Engines, Model
 from mbq_export.runtime.session import Session
@@ -54,6 +55,8 @@ AUTO: Final = "auto"
 ORT: Final = "ort"
 PLUGIN: Final = "plugin"
 QDQ: Final = "qdq"
+ISOLATED: Final = ("rtx", "trt")
+"""Backends that run engines, each in a process of its own."""
 
 
 def open_session(
@@ -69,8 +72,8 @@ def open_session(
 
     Args:
         bundle: An opened bundle.
-        backend: ``ort``; ``torch`` for the packed weights on the kernels, on a GPU if there is one, or
-            ``torch:cpu``, ``torch:cuda``; ``oracle`` for the reference model with dequantized weights.
+        backend: ``ort``; ``rtx`` or ``trt`` for engines; ``torch`` for the packed weights on the kernels, on a
+            GPU if there is one, or ``torch:cpu``, ``torch:cuda``; ``oracle`` for the reference model with dequantized weights.
         lowering: Form of the decoder graph, None for `default_lowering`; only ``ort`` runs graphs.
         dtype: ``fp32`` or ``fp16`` of the graphs of ``ort``.
         threads: CPU threads; 0 takes all that this process may use. torch has its own setting.
@@ -88,7 +91,12 @@ def open_session(
     longest = family.text_shape(config).max_positions
     limit = bundle.manifest.get("limits", {}).get("max_context") or longest
     name = backend
-    if runs_graphs(backend):
+    if backend in ISOLATED:
+        folder = engine_folder(bundle, backend)
+        embed = graph_record(bundle, EMBED, dtype="fp16")["file"]
+        engines = hosted_engines(folder, backend, embed=bundle.onnx / embed)
+        newline = TensorFile(bundle.onnx / HOST_TENSORS).array(NEWLINE)
+    elif runs_graphs(backend):
         lowering = lowering or default_lowering(bundle)
         engines = _graphs(bundle, _opener(backend, threads, accuracy_level), lowering, dtype)
         newline, name = TensorFile(bundle.onnx / HOST_TENSORS).array(NEWLINE), f"{name}:{lowering}"
@@ -166,15 +174,7 @@ def graph_record(
 def _opener(backend: str, threads: int, accuracy_level: int) -> Callable[[Path], Engine]:
     if backend == ORT:
         return partial(open_graph, threads=threads, accuracy_level=accuracy_level)
-    found = BACKENDS[backend]
-    if found.isolated:
-        raise UsageError(
-            "E2001",
-            f"Sessions on {backend} are not part of this release.",
-            why="its engines are built here and run on a device with its own runtime",
-            fix=f"--backend {ORT}",
-        )
-    return found.open
+    return BACKENDS[backend].open
 
 
 def _graphs(bundle: Bundle, load: Callable[[Path], Engine], lowering: str, dtype: str) -> Engines:

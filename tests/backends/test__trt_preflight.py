@@ -24,7 +24,7 @@ def request(*targets: str, **changes: object) -> EngineRequest:
 def refusal(flavour: str, wanted: EngineRequest) -> MbqError:
     def check() -> None:
         _trt_preflight.check_request(flavour, wanted)
-        _trt_preflight.check_device(flavour, wanted, RTX4090)
+        _trt_preflight.check_device(flavour, wanted.target, RTX4090)
 
     with pytest.raises(MbqError) as error:
         check()
@@ -49,14 +49,14 @@ def test_timing_cache_goes_with_builds_that_time() -> None:
 
 
 def test_full_tensorrt_builds_on_the_device_only() -> None:
-    _trt_preflight.check_device("trt", request("sm89:trt"), RTX4090)
+    _trt_preflight.check_device("trt", Target.parse("sm89:trt"), RTX4090)
     error = refusal("trt", request("orin:trt"))
     assert error.code == "E2012"
     assert "this GPU is a GeForce RTX 4090 (sm89)" in error.message
     with pytest.raises(MbqError) as none:
-        _trt_preflight.check_device("trt", request("orin:trt"), None)
+        _trt_preflight.check_device("trt", Target.parse("orin:trt"), None)
     assert (none.value.code, none.value.exit_status) == ("E3001", 3)
-    _trt_preflight.check_device("rtx", request("sm120:rtx"), None)
+    _trt_preflight.check_device("rtx", Target.parse("sm120:rtx"), None)
 
 
 def profile_error(graph: EngineGraph) -> UsageError:

@@ -79,8 +79,8 @@ def test_fingerprint_ignores_the_place_and_follows_the_options(request_: BuildRe
         ({"targets": ("orin:rtx",)}, "E2012", "rtx cannot build engines for orin (sm87)."),
         (
             {"targets": ("rtx4090",)},
-            "E2012",
-            "This release builds no engines of full TensorRT, which rtx4090:trt asks for.",
+            "E3003",
+            "No engine for rtx4090:trt can be built here.",
         ),
         ({"targets": ("rtx5090",)}, "E2001", "Unknown target 'rtx5090'."),
         ({"max_context": 8}, "E2009", "A context of 8 tokens holds no picture."),

@@ -174,13 +174,15 @@ def test_a_graph_that_is_not_there_is_refused_with_those_that_are(full: Bundle) 
     assert "decoder_model_merged_qdq_ort.onnx" in caught.value.why
 
 
-def test_a_backend_of_engines_has_no_sessions(full: Bundle) -> None:
-    with pytest.raises(UsageError, match=r"Sessions on rtx are not part of this release"):
+def test_a_bundle_without_engines_names_what_runs_instead(full: Bundle) -> None:
+    with pytest.raises(UsageError, match=r"has no engines of rtx") as caught:
         open_session(full, backend="rtx")
+    assert (caught.value.code, caught.value.why) == ("E2001", "it has none")
+    assert "--backend ort" in caught.value.fix
 
 
 def test_an_unknown_backend_lists_the_known_ones(full: Bundle) -> None:
-    with pytest.raises(UsageError, match=r"Unknown backend 'orx'(?s:.*)known: ort, rtx, torch"):
+    with pytest.raises(UsageError, match=r"Unknown backend 'orx'(?s:.*)known: ort, rtx, torch, trt"):
         open_session(full, backend="orx")
 
 

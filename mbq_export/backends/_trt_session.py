@@ -1,0 +1,312 @@
+"""The child that holds one engine: loads it, keeps its buffers and its cache on the device, answers runs until its end.
+
+    python -P -X faulthandler -m mbq_export.backends._trt_session job.json
+
+Reads messages (`_trt_channel`) from standard input and answers on what was standard output; anything a library prints
+goes to the log instead. A decoder with a static cache keeps it: input and output of the cache are one buffer, and only
+embeddings, positions and logits cross. A decode step, whose shapes repeat, is recorded once and then replayed.
+
+Not one line of this has met a GPU with TensorRT: it is held to the documented API by a recorded-call double.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mbq_export.backends import _trt_versions
+from mbq_export.backends._trt_channel import Closed, receive, send
+from mbq_export.backends._trt_cuda import Cuda
+from mbq_export.backends._trt_job import Job, Refused
+from mbq_export.backends._trt_plugins import load_plugins
+from mbq_export.backends._trt_worker import loaded, stage
+
+PAST: Final = "past_key_values."
+MASK, POSITIONS, WRITE, SEQUENCE = "attention_mask", "position_ids", "write_indices", "sequence"
+
+
+@dataclass(kw_only=True)
+class Buffer:
+    """A tensor of an engine on the device: room for its largest shape, at an address that never changes."""
+
+    name: str
+    dtype: np.dtype[Any]
+    address: int
+    size: int
+    is_input: bool
+
+
+@dataclass(kw_only=True)
+class LoadedEngine:
+    """An engine, its context and its buffers.
+
+    Attributes:
+        trt: The imported module.
+        cuda: The device.
+        engine: What was deserialised.
+        context: What runs it.
+        largest: Largest shape of every tensor with sizes that vary, from the profile.
+        buffers: By tensor name, in the engine's order.
+        recorded: Recorded graph by the shapes it was recorded with; 0 where recording failed.
+        seen: Shapes that were run before: recording begins with the second run, when all is warm.
+    """
+
+    trt: Any
+    cuda: Cuda
+    engine: Any
+    context: Any
+    largest: Mapping[str, tuple[int, ...]]
+    buffers: dict[str, Buffer] = field(default_factory=dict)
+    recorded: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    seen: set[tuple[Any, ...]] = field(default_factory=set)
+
+    def bind(self) -> None:
+        """Allocate a buffer per tensor, one for a cache input and its output, and tell the context.
+
+        Raises:
+            Refused: ``gpu-memory`` if they do not fit, ``trt-run`` if the context refuses an address.
+        """
+        names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
+        for name in names:
+            alias = self._alias(name, names)
+            dtype = np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name)))
+            shape = self.largest.get(name, tuple(self.engine.get_tensor_shape(name)))
+            size = math.prod(abs(each) for each in shape) * dtype.itemsize
+            address = self.buffers[alias].address if alias else self.cuda.allocate(size)
+            is_input = self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT
+            self.buffers[name] = Buffer(
+                name=name, dtype=dtype, address=address, size=size, is_input=is_input
+            )
+            if not self.context.set_tensor_address(name, address):
+                raise Refused("trt-run", f"The context refuses an address for {name}.")
+
+    def _alias(self, name: str, names: list[str]) -> str | None:
+        """Input whose buffer an output writes into: as the engine says, or a cache by its name."""
+        if self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT:
+            return None
+        told = _trt_versions.aliased_input(self.engine, name)
+        named = name.replace("present.", PAST, 1) if name.startswith("present.") else None
+        return told or (named if named in names else None)
+
+    @property
+    def caches(self) -> list[Buffer]:
+        """Cache inputs."""
+        return [each for name, each in self.buffers.items() if name.startswith(PAST)]
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        for buffer in self.caches:
+            self.cuda.zero(buffer.address, buffer.size)
+
+    def run(
+        self, feeds: Mapping[str, NDArray[Any]], wanted: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, NDArray[Any]]:
+        """Run once.
+
+        Args:
+            feeds: One array per input but the caches, of the engine's types.
+            wanted: Shape of every output to copy back.
+
+        Raises:
+            Refused: ``trt-run`` if the engine refuses a shape or fails, ``gpu-error`` if the device does.
+        """
+        self._set_shapes({name: feeds[name].shape for name in feeds})
+        held = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        for name, array in held.items():
+            self.cuda.upload(self.buffers[name].address, array.ctypes.data, array.nbytes)
+        self._enqueue(tuple((name, array.shape) for name, array in sorted(held.items())))
+        outputs = {name: np.empty(s, self.buffers[name].dtype) for name, s in wanted.items()}
+        for name, array in outputs.items():
+            self.cuda.download(array.ctypes.data, self.buffers[name].address, array.nbytes)
+        self.cuda.wait()
+        return outputs
+
+    def _set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        fixed = {
+            each.name: (1, *tuple(self.engine.get_tensor_shape(each.name))[1:])
+            for each in self.caches
+        }
+        for name, shape in {**shapes, **fixed}.items():
+            if not self.context.set_input_shape(name, shape):
+                raise Refused(
+                    "trt-run",
+                    f"The engine refuses shape {list(shape)} of {name}.",
+                    (f"its profile goes to {list(self.largest.get(name, ()))}",),
+                )
+
+    def _enqueue(self, shapes: tuple[Any, ...]) -> None:
+        """Run the context, or replay what was recorded for these shapes."""
+        if self.recorded.get(shapes):
+            self.cuda.launch(self.recorded[shapes])
+            return
+        if shapes in self.seen and shapes not in self.recorded:
+            self.cuda.begin_capture()
+            self._execute()
+            self.recorded[shapes] = self.cuda.end_capture()
+            if self.recorded[shapes]:
+                self.cuda.launch(self.recorded[shapes])
+                return
+        self.seen.add(shapes)
+        self._execute()
+
+    def _execute(self) -> None:
+        if not self.context.execute_async_v3(self.cuda.stream):
+            raise Refused("trt-run", "TensorRT failed to run the engine.")
+
+
+@dataclass(kw_only=True)
+class KeptDecoder:
+    """A decoder engine that keeps its cache: embeddings, positions and a sequence's number in, logits out.
+
+    Attributes:
+        engine: The engine.
+        slots: Positions of the cache.
+        chunk: Most tokens of one run.
+        logits: Name of the output.
+        width: Columns of the logits.
+        sequence: Number of the sequence in the cache; 0 at first.
+    """
+
+    engine: LoadedEngine
+    slots: int
+    chunk: int
+    logits: str
+    width: int
+    sequence: int = 0
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run (1, T, hidden) new tokens, in parts if they are more than one run takes.
+
+        Returns:
+            (1, 1, V) logits of the last position.
+
+        Raises:
+            Refused: ``trt-run`` for positions beyond the cache, which TensorRT would drop without a word.
+        """
+        embeds, positions = feeds["inputs_embeds"], feeds[POSITIONS]
+        number = int(feeds[SEQUENCE][0])
+        if number != self.sequence:
+            self.engine.forget()
+            self.sequence = number
+        first, count = int(positions[0, 0]), embeds.shape[1]
+        if first + count > self.slots:
+            raise Refused("trt-run", f"Position {first + count} is beyond {self.slots} slots.")
+        outputs: dict[str, NDArray[Any]] = {}
+        for start in range(0, count, self.chunk):
+            part = slice(start, min(start + self.chunk, count))
+            outputs = self.engine.run(
+                self._feeds(embeds[:, part], positions[:, part], first + part.start),
+                {self.logits: (1, 1, self.width)},
+            )
+        return outputs
+
+    def _feeds(
+        self, embeds: NDArray[Any], positions: NDArray[Any], at: int
+    ) -> dict[str, NDArray[Any]]:
+        mask = np.zeros((1, self.slots), np.int64)
+        mask[:, : at + embeds.shape[1]] = 1
+        return {
+            "inputs_embeds": embeds,
+            MASK: mask,
+            POSITIONS: positions,
+            WRITE: np.array([at], np.int64),
+        }
+
+
+def load_engine(trt: Any, job: Job, cuda: Cuda) -> LoadedEngine:
+    """Deserialise the engine of a job.
+
+    Raises:
+        Refused: ``plugin-load`` or ``plugin-creator`` for its plugins, ``trt-load`` if TensorRT refuses it.
+    """
+    runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+    load_plugins(runtime.get_plugin_registry(), job)
+    stage("deserialize")
+    engine = runtime.deserialize_cuda_engine(Path(job.onnx).read_bytes())
+    if engine is None:
+        raise Refused(
+            "trt-load", "TensorRT refused the engine, although all that is recorded fits."
+        )
+    if "WEIGHT_STREAMING" in job.flags:
+        _trt_versions.set_streaming_budget(engine, engine.get_weight_streaming_automatic_budget())
+    context = engine.create_execution_context()
+    if context is None:
+        raise Refused("gpu-memory", "TensorRT made no context for the engine.")
+    largest = {name: tuple(shapes[-1]) for name, shapes in job.profile.items()}
+    loaded_engine = LoadedEngine(
+        trt=trt, cuda=cuda, engine=engine, context=context, largest=largest
+    )
+    loaded_engine.bind()
+    return loaded_engine
+
+
+def runner_of(engine: LoadedEngine, outputs: Mapping[str, list[Any]]) -> Callable[..., Any]:
+    """What answers ``run``: a decoder that keeps its cache, or the engine as it is.
+
+    Args:
+        engine: The engine.
+        outputs: Shape of every output; a size that varies is the first input's.
+    """
+    if WRITE in engine.buffers:
+        logits = next(name for name in outputs if not name.startswith("present."))
+        return KeptDecoder(
+            engine=engine,
+            slots=engine.largest[MASK][1],
+            chunk=engine.largest[POSITIONS][1],
+            logits=logits,
+            width=int(outputs[logits][-1]),
+        ).run
+
+    def run(feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        rows = next(iter(feeds.values())).shape[0]
+        shapes = {
+            name: tuple(rows if isinstance(size, str) else size for size in shape)
+            for name, shape in outputs.items()
+        }
+        return engine.run(feeds, shapes)
+
+    return run
+
+
+def serve(run: Callable[..., Any], source: Any, answers: Any) -> None:
+    """Answer runs until the other side closes."""
+    while True:
+        try:
+            _, feeds = receive(source)
+        except Closed:
+            return
+        try:
+            outputs, head = run(feeds), {"kind": ""}
+        except Refused as refused:
+            outputs, head = {}, {"kind": refused.kind, "message": refused.message}
+        send(answers, head, outputs)
+
+
+def main(argv: list[str]) -> NoReturn:
+    """Load an engine, say so, and answer until the parent closes the pipe."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    job = Job.read(Path(argv[1]))
+    try:
+        stage("load")
+        trt = loaded(job)
+        engine = load_engine(trt, job, Cuda())
+        run = runner_of(engine, job.shapes)
+    except Refused as refused:
+        details = list(refused.details)
+        send(answers, {"kind": refused.kind, "message": refused.message, "details": details}, {})
+    else:
+        send(answers, {"kind": ""}, {})
+        serve(run, sys.stdin.buffer, answers)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv)

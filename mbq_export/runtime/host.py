@@ -1,0 +1,79 @@
+"""The engines of a bundle that fit this machine, each in a process of its own; the rest of a session is as ever.
+
+    vision.engine, decoder.engine ── child each ──► Engine          embed_tokens ── ONNX Runtime ──► Engine
+
+A decoder's cache stays on the device; embeddings, positions and logits cross a pipe. Nothing here has run on a GPU yet
+(docs/verification.md).
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final
+
+from mbq_export.backends import BACKENDS
+from mbq_export.backends._trt_host import gpu_for
+from mbq_export.backends._trt_record import ENGINE_RECORD
+from mbq_export.backends.ort import open_graph
+from mbq_export.errors import UsageError
+from mbq_export.reading import read_json
+from mbq_export.runtime.request import Engines
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mbq_export.bundle import Bundle
+
+DECODER: Final = "decoder.engine"
+VISION: Final = "vision.engine"
+
+
+def hosted_engines(folder: Path, backend: str, *, embed: Path) -> Engines:
+    """Load the engines of a folder.
+
+    Args:
+        folder: As `engine_folder` chooses it.
+        backend: ``trt`` or ``rtx``.
+        embed: Graph of the embedding, which is a table and no engine.
+
+    Raises:
+        MachineError: E30xx if this machine cannot run one.
+        IncompatibleError: E70xx if they were built for something else.
+    """
+    load = BACKENDS[backend].open
+    with ExitStack() as opened:
+        engines = Engines(
+            vision=opened.enter_context(load(folder / VISION)),
+            decoder=opened.enter_context(load(folder / DECODER)),
+            embed=open_graph(embed),
+        )
+        opened.pop_all()
+    return engines
+
+
+def engine_folder(bundle: Bundle, backend: str) -> Path:
+    """Choose the folder for this GPU; the first of the flavour if none fits, whose misfit is then told in full.
+
+    Raises:
+        UsageError: E2001 if there is none of the flavour.
+        MachineError: E3001 or E3002 without a GPU or its driver.
+    """
+    records = {path.parent: _record(path) for path in sorted(bundle.engines.rglob(ENGINE_RECORD))}
+    folders = [place for place, record in records.items() if record["flavour"] == backend]
+    if not folders:
+        built = [place.relative_to(bundle.engines).as_posix() for place in records]
+        raise UsageError(
+            "E2001",
+            f"{bundle.name} has no engines of {backend}.",
+            why=f"it has {', '.join(built) or 'none'}",
+            fix=(
+                "--backend ort",
+                f"mbq-export build --model MODEL --target DEVICE:{backend} -o DIR",
+            ),
+        )
+    sm = f"sm{gpu_for(folders[0] / DECODER).sm}"
+    return next((place for place in folders if sm in records[place]["sm"]), folders[0])
+
+
+def _record(path: Path) -> dict[str, Any]:
+    return read_json(path, code="E4604")

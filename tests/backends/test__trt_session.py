@@ -1,0 +1,140 @@
+"""What the child does with an engine, against a double that records the calls: slots, mask, cache, replay."""
+
+import importlib.util
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mbq_export.backends._trt_job import Refused
+from mbq_export.backends._trt_session import KeptDecoder, LoadedEngine
+from tests.backends import recorded_tensorrt as double
+
+CALLED = {
+    "ICudaEngine": double.Engine,
+    "IExecutionContext": double.Context,
+    "Runtime": double.Runtime,
+}
+
+
+@pytest.fixture
+def cuda() -> double.RecordedCuda:
+    return double.RecordedCuda()
+
+
+def kept(engine: LoadedEngine) -> KeptDecoder:
+    return KeptDecoder(
+        engine=engine,
+        slots=double.SLOTS,
+        chunk=double.CHUNK,
+        logits="logits",
+        width=double.VOCABULARY,
+    )
+
+
+def step(decoder: KeptDecoder, values: list[int], at: int, sequence: int = 1) -> list[float]:
+    """Feed tokens whose embeddings are ``values`` in every column; return the logits."""
+    embeds = np.repeat(np.array(values, np.float16)[None, :, None], double.HIDDEN, axis=2)
+    positions = np.arange(at, at + len(values), dtype=np.int64)[None]
+    feeds = {"inputs_embeds": embeds, "position_ids": positions}
+    outputs = decoder.run({**feeds, "sequence": np.array([sequence], np.int64)})
+    assert list(outputs) == ["logits"]
+    return [float(each) for each in outputs["logits"][0, 0]]
+
+
+@pytest.mark.parametrize("aliases", [True, False], ids=["told by the engine", "told by its name"])
+def test_cache_input_and_output_share_one_address(cuda: double.RecordedCuda, aliases: bool) -> None:
+    engine = double.decoder(cuda, aliases=aliases)
+    addresses = engine.context.addresses
+    assert addresses["present.0.key"] == addresses["past_key_values.0.key"]
+    assert len(set(addresses.values())) == len(addresses) - 1
+    assert cuda.calls.count("cuMemAlloc_v2") == len(addresses) - 1
+
+
+def test_buffers_hold_the_largest_shapes_and_begin_as_zeros(cuda: double.RecordedCuda) -> None:
+    engine = double.decoder(cuda)
+    assert engine.buffers["inputs_embeds"].size == double.CHUNK * double.HIDDEN * 2
+    for buffer in engine.caches:
+        assert cuda.memory[buffer.address].raw == bytes(buffer.size)
+
+
+def test_answers_are_sums_over_all_tokens_so_far(cuda: double.RecordedCuda) -> None:
+    decoder = kept(double.decoder(cuda))
+    assert step(decoder, [1, 2], at=0) == [12.0, 1.0]
+    assert step(decoder, [5], at=2) == [32.0, 2.0]
+    assert step(decoder, [7], at=3) == [60.0, 3.0]
+
+
+def test_prompt_longer_than_a_run_is_fed_in_parts(cuda: double.RecordedCuda) -> None:
+    decoder = kept(double.decoder(cuda))
+    assert step(decoder, [1, 2, 3, 4, 5, 6, 7], at=0) == [4 * 28.0, 6.0]
+    assert cuda.calls.count("execute_async_v3") == 3
+
+
+def test_new_sequence_begins_with_an_empty_cache(cuda: double.RecordedCuda) -> None:
+    decoder = kept(double.decoder(cuda))
+    step(decoder, [100, 100, 100], at=0, sequence=1)
+    assert step(decoder, [1], at=0, sequence=2) == [4.0, 0.0]
+    (cache,) = decoder.engine.caches
+    left = np.frombuffer(cuda.memory[cache.address].raw, np.float16)
+    assert left.sum() == double.HIDDEN
+
+
+def test_step_is_recorded_once_and_replayed(cuda: double.RecordedCuda) -> None:
+    decoder = kept(double.decoder(cuda))
+    sums = [step(decoder, [1], at=position)[0] for position in range(6)]
+    assert sums == [4.0, 8.0, 12.0, 16.0, 20.0, 24.0]
+    assert cuda.calls.count("execute_async_v3") == 2, "once for real, once while recording"
+    assert cuda.calls.count("cuGraphLaunch") == 5
+
+
+def test_engine_that_cannot_be_recorded_runs_every_time(cuda: double.RecordedCuda) -> None:
+    cuda.fails["cuGraphInstantiateWithFlags"] = 801
+    decoder = kept(double.decoder(cuda))
+    assert [step(decoder, [1], at=position)[0] for position in range(4)] == [4.0, 8.0, 12.0, 16.0]
+    assert cuda.calls.count("cuStreamBeginCapture_v2") == 1
+
+
+def test_position_beyond_the_cache_is_refused_before_tensorrt_drops_it(
+    cuda: double.RecordedCuda,
+) -> None:
+    decoder = kept(double.decoder(cuda))
+    with pytest.raises(Refused, match="Position 17 is beyond 16 slots") as error:
+        step(decoder, [1], at=16)
+    assert error.value.kind == "trt-run"
+    assert "execute_async_v3" not in cuda.calls
+
+
+def test_shape_beyond_the_profile_names_input_and_profile(cuda: double.RecordedCuda) -> None:
+    engine = double.decoder(cuda)
+    with pytest.raises(Refused, match=r"refuses shape \[1, 4, 4\] of inputs_embeds") as error:
+        engine.run({"inputs_embeds": np.zeros((1, 4, 4), np.float16)}, {})
+    assert error.value.details == ("its profile goes to [1, 3, 4]",)
+
+
+@pytest.mark.parametrize(("status", "kind"), [(2, "gpu-memory"), (700, "gpu-error")])
+def test_error_of_the_driver_keeps_its_number(
+    cuda: double.RecordedCuda, status: int, kind: str
+) -> None:
+    cuda.fails["cuMemAlloc_v2"] = status
+    with pytest.raises(Refused, match=f"cuMemAlloc_v2 returned CUDA error {status}") as error:
+        double.decoder(cuda)
+    assert error.value.kind == kind
+
+
+@pytest.mark.trt
+def test_double_has_no_name_that_the_bindings_lack() -> None:
+    """The lean bindings have the same runtime classes as full TensorRT; they are imported in a child."""
+    if importlib.util.find_spec("tensorrt_lean_bindings") is None:
+        pytest.skip("tensorrt-lean bindings are not installed")
+    code = "import tensorrt_lean_bindings as t\n"
+    for real, mine in CALLED.items():
+        names = sorted(n for n in vars(mine) if not n.startswith("_") and n != "aliases")
+        code += f"for name in {names}: assert hasattr(t.{real}, name), name\n"
+    code += "assert t.TensorIOMode.INPUT and t.nptype and t.Logger.WARNING\n"
+    code += "import os; os._exit(0)\n"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
