@@ -21,8 +21,10 @@ sums of an int8 product may be stored in the type of its inputs before they are 
     s = max(max |x|, 1e-5) / 127        d = DequantizeLinear(QuantizeLinear(x / s, 1), 1)
     w = DequantizeLinear(Q [K, N], S [N]; axis 1)        y = MatMul(d, w) * s
 
-Q is INT4 for TensorRT and INT8 for ONNX Runtime, which then sums integers; INT4 it would multiply in floats, 90 times
-slower at 2048 x 2048. In groups TensorRT for RTX builds one int8 product over all of K: such graphs are never written.
+Q is INT4 for TensorRT and INT8 for ONNX Runtime, which then sums integers; INT4 it would multiply in floats, far
+slower. In groups TensorRT for RTX builds one int8 product over all of K: such graphs are never written.
+A token with an infinity has no finite result. A NaN alone may get lost on the way, because ONNX Runtime's ReduceMax can
+pass over it and QuantizeLinear makes a number of it; the reference form keeps it.
 
 Constants are [K, N]: [N, K] with a Transpose costs ONNX Runtime
 its fused kernel (44 times slower at 2048 x 2048).
