@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mbq_export.bundle import Bundle, unlisted_files
 from mbq_export.checkpoint import QuantCheckpoint
-from mbq_export.errors import FormatError, located
+from mbq_export.errors import FormatError, IncompatibleError, located
 from mbq_export.export.check import Limits, check_graph
 from mbq_export.export.untiled import check_same_weights
+from mbq_export.plugin_library import BUNDLE_FOLDER, FILE_NAME
 from mbq_export.progress import Progress, silent
-from mbq_export.reading import contained, read_json
+from mbq_export.reading import contained, read_json, sha256_of
 from mbq_export.report import Check
 from mbq_export.runtime import RECORD
 
@@ -41,7 +42,7 @@ def check_structure(
 
     Raises:
         FormatError: E46xx for the bundle, E41xx for the checkpoint, E44xx for graphs, E4501 for engines.
-        IncompatibleError: E7004 or E7005 for newer versions.
+        IncompatibleError: E7003 for engines without their plugin library, E7004 or E7005 for newer versions.
     """
     records = bundle.manifest["files"]
     Bundle.open(bundle.root, verify=True, progress=progress)
@@ -60,6 +61,7 @@ def check_structure(
         **({"plugins": tiled} if tiled else {}),
         "engines": _engines(bundle.engines),
     }
+    _check_plugins(bundle)
     checks = [Check(name=name, tier=TIER, ok=True, value=value) for name, value in found.items()]
     return checks, _warnings(bundle, records)
 
@@ -86,6 +88,26 @@ def _engines(folder: Path) -> int:
                 fix="build the bundle again",
             )
     return len(engines)
+
+
+def _check_plugins(bundle: Bundle) -> None:
+    """Compare the plugin libraries that engines were built with to those that the bundle carries.
+
+    Raises:
+        IncompatibleError: E7003.
+    """
+    carried = {
+        sha256_of(path) for path in sorted(bundle.root.glob(f"{BUNDLE_FOLDER}/*/{FILE_NAME}"))
+    }
+    for path in sorted(bundle.engines.rglob(SIDECARS[0])):
+        plugin = read_json(path, code="E4604").get("plugin")
+        if plugin is not None and plugin["sha256"] not in carried:
+            raise IncompatibleError(
+                "E7003",
+                f"The engines in {path.parent.relative_to(bundle.root)} want a plugin library that is not there.",
+                why=f"its SHA-256 is {plugin['sha256'][:16]}..., the bundle has {len(carried)} others",
+                fix=("copy the bundle again", "build the bundle again"),
+            )
 
 
 def _warnings(bundle: Bundle, records: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from mbq_export.bundle import Bundle, seal
-from mbq_export.errors import FormatError
+from mbq_export.errors import FormatError, IncompatibleError
 from mbq_export.evaluate.integrity import check_structure
 from mbq_export.export import GraphForm
 from tests.evaluate.bundles import tiny_bundle
@@ -102,3 +102,16 @@ def test_tiles_that_are_not_the_checkpoint_are_found_even_if_they_were_sealed(
     ) as caught:
         check_structure(sealed_again(bundle.root))
     assert caught.value.code == "E4415"
+
+
+def test_engines_without_the_plugins_they_were_built_with_are_refused(copied: Path) -> None:
+    folder = copied / "engines" / "rtx-1.7.1" / "sm89"
+    folder.mkdir(parents=True)
+    (folder / "decoder.engine").write_bytes(b"plan")
+    (folder / "layers.json").write_text("{}")
+    (folder / "engine.json").write_text('{"plugin": {"abi": 1, "sha256": "' + "0" * 64 + '"}}')
+    with pytest.raises(
+        IncompatibleError, match="want a plugin library that is not there"
+    ) as caught:
+        check_structure(sealed_again(copied))
+    assert caught.value.code == "E7003"

@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 
 from mbq_export.errors import MbqError
+from mbq_export.pipeline.engine_options import EngineOptions
+from mbq_export.pipeline.engines import build_engines, engine_facts
 from mbq_export.pipeline.plugins import EngineForm, engine_form, pack_library
 from mbq_export.plugin_library import bundle_folder, find_plugin_library
+from mbq_export.progress import silent
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import CHANNEL
 from mbq_export.target import Target
 from tests.backends import plugin_graphs
+from tests.pipeline.test_engines import Exported, export_rounded
 
 CARD = Target.parse("rtx4090:rtx")
 OLD = Target.parse("sm80:rtx")
@@ -106,3 +110,79 @@ def test_library_that_was_exchanged_in_the_bundle_is_refused(tmp_path: Path) -> 
     with pytest.raises(MbqError) as error:
         find_plugin_library(bundle=tmp_path)
     assert error.value.code == "E4602"
+
+
+TARGETS = ("sm86:rtx", "rtx4090:rtx", "sm120:rtx")
+PLANNED = {"w3a16": {"W3Linear": 20}, "w4a16": {"W4A16Linear": 20}, "w4a8": {"W4A8Linear": 20}}
+"""Plugin layers of the sample's decoder: five blocks with q|k|v, o, gate|up and down."""
+
+
+def built(exported: Exported, folder: Path) -> Path:
+    (folder / "engines").mkdir(parents=True)
+    build_engines(
+        exported.plan,
+        exported.record,
+        onnx=exported.onnx,
+        out=folder / "engines",
+        logs=folder / "logs",
+        progress=silent,
+    )
+    return folder / "engines"
+
+
+@pytest.mark.trt
+@pytest.mark.nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("scheme", PLANNED)
+def test_sample_gets_every_planned_plugin_on_every_device_twice_the_same(
+    scheme: str, tmp_path: Path
+) -> None:
+    options = EngineOptions(plugin_lib=plugin_graphs.library().path)
+    exported = export_rounded(
+        tmp_path, scheme=scheme, lowering="plugin", targets=TARGETS, engines=options
+    )
+    first, second = (built(exported, tmp_path / name) for name in ("one", "two"))
+    facts = engine_facts(first)
+    assert sorted(each["sm"] for each in facts) == [["sm120"], ["sm86"], ["sm89"]]
+    for device in facts:
+        decoder = device["engines"]["decoder"]
+        assert decoder["plugin_layers_expected"] == PLANNED[scheme]
+        assert decoder["plugin_layers_found"] == PLANNED[scheme]
+        assert [check["name"] for check in decoder["checks"] if not check["pass"]] == []
+        assert device["plugin"]["sha256"] == plugin_graphs.library().sha256
+    assert engine_facts(second) == facts
+    assert [path.read_bytes() for path in sorted(first.rglob("*.engine"))] == [
+        path.read_bytes() for path in sorted(second.rglob("*.engine"))
+    ]
+
+
+@pytest.mark.trt
+@pytest.mark.nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_one_plan_serves_all_devices_with_the_options_that_were_asked_for(tmp_path: Path) -> None:
+    options = EngineOptions(
+        plugin_lib=plugin_graphs.library().path,
+        one_plan=True,
+        max_batch=2,
+        max_tiles=3,
+        opt_tokens=4,
+        workspace_mib=512,
+        weight_streaming=True,
+    )
+    exported = export_rounded(tmp_path, lowering="plugin", targets=TARGETS, engines=options)
+    (path,) = built(exported, tmp_path / "built").rglob("engine.json")
+    record = json.loads(path.read_text())
+    assert path.parent.name == "sm86-sm89-sm120"
+    assert record["sm"] == ["sm86", "sm89", "sm120"]
+    decoder, vision = record["engines"]["decoder"], record["engines"]["vision"]
+    hidden = decoder["profiles"][0]["inputs_embeds"][0][2]
+    assert decoder["profiles"][0]["inputs_embeds"] == [
+        [1, 1, hidden],
+        [1, 4, hidden],
+        [2, 512, hidden],
+    ]
+    assert vision["profiles"][0]["pixel_values"][2][0] == 3
+    assert (decoder["workspace_mib"], decoder["weight_streaming"]) == (512, True)
+    assert decoder["plugin_layers_found"] == {"W3Linear": 20}
