@@ -27,7 +27,7 @@ from mbq_export.backends._trt_preflight import (
     check_request,
     graph_files,
 )
-from mbq_export.backends._trt_record import UNVERIFIED, write_records
+from mbq_export.backends._trt_record import why_unverified, write_records
 from mbq_export.backends.base import (
     Availability,
     EngineFile,
@@ -161,7 +161,7 @@ def build(
         library=installed.label,
         engines=engines,
         verified=False,
-        reason=UNVERIFIED,
+        reason=why_unverified(flavour),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from mbq_export.backends import _trt_layers
 from mbq_export.backends._trt_flavour import Installed
 from mbq_export.backends._trt_layers import LayerTable, profile_shapes
-from mbq_export.backends._trt_preflight import graph_files
+from mbq_export.backends._trt_preflight import AHEAD_OF_TIME, graph_files
 from mbq_export.backends.base import EngineFile, EngineGraph, EngineRequest
 from mbq_export.errors import FormatError, IncompatibleError
 from mbq_export.native import LocalGpu
@@ -23,6 +23,7 @@ ENGINE_RECORD: Final = "engine.json"
 LAYER_RECORD: Final = "layers.json"
 SCHEMA: Final = 1
 UNVERIFIED: Final = "built ahead of time, not run on a device"
+NOT_RUN: Final = "built on its device, not run there yet"
 
 OLDEST_DRIVER: Final = {"rtx": 580}
 """First driver branch that runs CUDA 13, which the RTX wheels are built for."""
@@ -43,7 +44,7 @@ def write_records(
         "sm": [f"sm{device.sm}" for device in request.devices],
         "op_level": min(device.op_level for device in request.devices),
         "verified": False,
-        "why": UNVERIFIED,
+        "why": why_unverified(installed.flavour.name),
         "plugin": _plugin_entry(request),
         "engines": {
             graph.name: _engine_entry(graph, engines[graph.name], request)
@@ -57,6 +58,11 @@ def write_records(
     }
     write_file(folder / ENGINE_RECORD, json_bytes(record))
     write_file(folder / LAYER_RECORD, json_bytes(layers))
+
+
+def why_unverified(flavour: str) -> str:
+    """Say what has not happened to an engine that was just built."""
+    return UNVERIFIED if flavour in AHEAD_OF_TIME else NOT_RUN
 
 
 def read_record(engine: Path) -> dict[str, Any]:

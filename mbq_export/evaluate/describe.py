@@ -12,10 +12,11 @@ folder with config.json       model as transformers saves it
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
+from mbq_export.backends._trt_layers import PLUGIN_ROW
 from mbq_export.backends._trt_record import ENGINE_RECORD, LAYER_RECORD
-from mbq_export.bundle import MANIFEST, Bundle, unlisted_files
+from mbq_export.bundle import MANIFEST, ONNX, Bundle, unlisted_files
 from mbq_export.channel_scales import ChannelScales
 from mbq_export.checkpoint import CHECKPOINT_FILE, QuantCheckpoint
 from mbq_export.errors import FormatError
@@ -24,6 +25,7 @@ from mbq_export.evaluate.describe_graphs import (
     describe_graph,
     describe_graphs,
     graph_table,
+    plugin_operators,
 )
 from mbq_export.evaluate.description import Description, Table
 from mbq_export.families.locate import family_of, read_config
@@ -124,16 +126,31 @@ def _engines(bundle: Bundle) -> list[Table]:
                     f"{place}/{name}",
                     engine["bytes"],
                     engine["layers"],
+                    _plugin_count(engine),
                     record["verified"],
                     record["why"],
                 )
             )
-    header = ("engine", "bytes", "layers", "verified", "why not")
+    header = ("engine", "bytes", "layers", "plugins", "verified", "why not")
     return [Table(title="engines", header=header, rows=rows)] if rows else []
 
 
+def _plugin_count(engine: dict[str, Any]) -> str:
+    """Plugin layers found, of those planned, by operator; - without any."""
+    found = engine.get("plugin_layers_found") or {}
+    expected = engine.get("plugin_layers_expected") or {}
+    return ", ".join(f"{found.get(op, 0)} of {n} {op}" for op, n in expected.items()) or "-"
+
+
+def _row_type(layer: dict[str, Any], operators: dict[str, str]) -> str:
+    """Type of a row; a plugin's operator where the export's record tells."""
+    named = sorted({operators[node] for node in layer["onnx"] if node in operators})
+    return f"plugin {' '.join(named)}" if layer["type"] == PLUGIN_ROW and named else layer["type"]
+
+
 def _layer_tables(root: Path) -> list[Table]:
-    """One table per engine: rows of the build log as they were recorded."""
+    """One table per engine: rows of the build log as they were recorded, plugins under their operator's name."""
+    operators = plugin_operators(root / ONNX)
     tables = []
     for path in sorted(root.rglob(LAYER_RECORD)):
         for name, engine in read_json(path, code="E4604", limit=LARGEST_PROTO_BYTES)[
@@ -141,7 +158,7 @@ def _layer_tables(root: Path) -> list[Table]:
         ].items():
             rows = [
                 (
-                    layer["type"],
+                    _row_type(layer, operators),
                     ", ".join(sorted({kind for _, kind, _ in layer["const"]})),
                     " ".join(layer["onnx"]),
                 )

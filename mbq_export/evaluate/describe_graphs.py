@@ -56,6 +56,18 @@ def graph_table(folder: Path) -> list[Table]:
     return [Table(title="graphs", header=header, rows=rows)]
 
 
+def plugin_operators(folder: Path) -> dict[str, str]:
+    """Operator of every node that an engine must hold as a plugin, by node. Empty without a record."""
+    if not (folder / RECORD).is_file():
+        return {}
+    return {
+        name: op
+        for graph in _record(folder)["graphs"]
+        for op, names in graph.get("plugin_layers", {}).items()
+        for name in names
+    }
+
+
 def _record(folder: Path) -> dict[str, Any]:
     found = read_json(folder / RECORD, code="E4604")
     wanted = {"file": str, "nodes": dict, "opset": int, "weight_bytes": int}
