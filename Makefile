@@ -26,6 +26,8 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,rtx,triton,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/lean-11 \
+	  tensorrt-lean-cu13-bindings==11.4.0.106  # the same module name as the one for 10.16, so a folder of its own
 	touch $@
 
 setup: $(VENV)/dev.stamp
