@@ -122,16 +122,24 @@ def _graphs(plan: Plan, record: ExportRecord, onnx: Path) -> list[EngineGraph]:
     for graph in record.graphs:
         if graph.form is not None and graph.form.target == "trt":
             sizes = plan.request.engines.decoder_sizes(plan.max_context)
-            graphs.append(_engine_graph("decoder", graph, onnx, sizes))
+            graphs.append(engine_graph("decoder", graph, onnx, sizes))
         elif graph.name == "vision_encoder" and graph.dtype == "fp16":
             sizes = plan.request.engines.vision_sizes(str(graph.inputs[0].shape[0]))
-            graphs.append(_engine_graph("vision", graph, onnx, sizes))
+            graphs.append(engine_graph("vision", graph, onnx, sizes))
     return graphs
 
 
-def _engine_graph(
+def engine_graph(
     name: str, graph: GraphRecord, onnx: Path, sizes: Mapping[str, SizeRange]
 ) -> EngineGraph:
+    """Say what to compile of an exported graph, and what must come out.
+
+    Args:
+        name: Of the engine.
+        graph: What the exporter recorded.
+        onnx: Its folder.
+        sizes: One range per symbol of its inputs.
+    """
     quantized = [linear for linear in graph.linears if linear.scheme != KEPT]
     standard = [] if graph.plugin_layers else quantized
     return EngineGraph(
