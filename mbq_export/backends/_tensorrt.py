@@ -23,8 +23,8 @@ from mbq_export.backends._trt_preflight import (
     AHEAD_OF_TIME,
     check_device,
     check_memory,
+    check_options,
     check_profile,
-    check_request,
     graph_files,
 )
 from mbq_export.backends._trt_record import why_unverified, write_records
@@ -136,7 +136,7 @@ def build(
         BuildError: E6001 to E6005, E6012.
         IncompatibleError: E7003 for a plugin library without an operator of the graph.
     """
-    check_request(flavour, request)
+    check_options(flavour, request.devices, request.options)
     for graph in request.graphs:
         with located(graph.name):
             check_profile(graph)

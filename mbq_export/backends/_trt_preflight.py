@@ -7,11 +7,12 @@ memory     the estimated peak of the build, and what is free
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from mbq_export.backends._trt_layers import profile_shapes
-from mbq_export.backends.base import EngineGraph, EngineRequest
+from mbq_export.backends.base import BuilderOptions, EngineGraph
 from mbq_export.errors import FormatError, MachineError, ResourceError, UsageError
 from mbq_export.native import LocalGpu, available_memory
 from mbq_export.target import Target
@@ -25,14 +26,19 @@ AHEAD_OF_TIME: Final = frozenset({"rtx"})
 """Flavours that build for GPUs that are not there."""
 
 
-def check_request(flavour: str, request: EngineRequest) -> None:
+def check_options(flavour: str, devices: Sequence[Target], options: BuilderOptions) -> None:
     """Refuse targets and options that a flavour cannot serve.
+
+    Args:
+        flavour: Which TensorRT.
+        devices: What one plan is for.
+        options: How it is built.
 
     Raises:
         UsageError: E2012 for a target of another flavour, or several devices where the plan is for one; E2002 for a
             timing cache where nothing is timed.
     """
-    wrong = [device for device in request.devices if device.flavour != flavour]
+    wrong = [device for device in devices if device.flavour != flavour]
     if wrong:
         raise UsageError(
             "E2012",
@@ -40,14 +46,14 @@ def check_request(flavour: str, request: EngineRequest) -> None:
             why=f"the target asks for {wrong[0].flavour}",
             fix=f"--target {wrong[0].name}:{flavour}",
         )
-    if request.also and flavour not in AHEAD_OF_TIME:
+    if len(devices) > 1 and flavour not in AHEAD_OF_TIME:
         raise UsageError(
             "E2012",
-            f"One plan cannot serve {', '.join(map(str, request.devices))}.",
+            f"One plan cannot serve {', '.join(map(str, devices))}.",
             why="full TensorRT builds for the GPU it runs on",
             fix="one --target, on that device",
         )
-    if request.options.timing_cache is not None and flavour in AHEAD_OF_TIME:
+    if options.timing_cache is not None and flavour in AHEAD_OF_TIME:
         raise UsageError(
             "E2002",
             f"A timing cache does not go with {flavour}.",

@@ -1,12 +1,15 @@
 """What the user may ask of an engine beside its target: sizes of the profile, how the builder works, which plugins."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from mbq_export.backends._trt_preflight import check_options
 from mbq_export.backends.base import BuilderOptions, SizeRange
 from mbq_export.errors import UsageError
 from mbq_export.reading import sha256_of
+from mbq_export.target import Target
 
 TYPICAL_TILES: Final = 5
 LARGEST_CHUNK: Final = 512
@@ -37,12 +40,14 @@ class EngineOptions:
     timing_cache: Path | None = None
     one_plan: bool = False
 
-    def check(self, max_context: int) -> None:
-        """Refuse sizes that contradict each other.
+    def check(self, max_context: int, targets: Sequence[Target] = ()) -> None:
+        """Refuse sizes that contradict each other, and what the builder of a target cannot do.
 
         Raises:
-            UsageError: E2008.
+            UsageError: E2008 for sizes, E2002 or E2012 for a target.
         """
+        for devices in self.plans(targets):
+            check_options(devices[0].flavour, devices, self.builder())
         chunk = self.largest_chunk(max_context)
         if self.opt_tokens > chunk:
             raise UsageError(
@@ -51,6 +56,15 @@ class EngineOptions:
                 why=f"a call has at most {chunk} tokens; a longer prompt is fed in parts",
                 fix=f"--opt-tokens {chunk}",
             )
+
+    def plans(self, targets: Sequence[Target]) -> list[tuple[Target, ...]]:
+        """Devices of each plan: one each, or all of a flavour."""
+        if not self.one_plan:
+            return [(target,) for target in targets]
+        by_flavour: dict[str, list[Target]] = {}
+        for target in targets:
+            by_flavour.setdefault(target.flavour, []).append(target)
+        return [tuple(each) for each in by_flavour.values()]
 
     def largest_chunk(self, max_context: int) -> int:
         """Most tokens of one call of the decoder."""

@@ -21,7 +21,6 @@ from mbq_export.pipeline.plan import Plan
 from mbq_export.progress import Progress, silent
 from mbq_export.reading import read_json
 from mbq_export.schemes import SCHEMES
-from mbq_export.target import Target
 
 ENGINE_FACTS: Final = (
     "bytes", "sha256", "layers", "lowering", "plugin_layers_expected", "plugin_layers_found", "checks",
@@ -51,7 +50,7 @@ def build_engines(
     targets = [target for target in plan.targets if str(target) not in plan.skipped_engines]
     graphs = tuple(_graphs(plan, record, onnx))
     options = plan.request.engines
-    shared = _shared(targets) if options.one_plan else [(target,) for target in targets]
+    shared = options.plans(targets)
     built: dict[str, EngineRecord] = {}
     for index, (target, *also) in enumerate(shared):
         backend = BACKENDS[target.flavour]
@@ -76,14 +75,6 @@ def build_engines(
                 _demand(built[name])
         progress(index + 1, len(shared), name)
     return built
-
-
-def _shared(targets: list[Target]) -> list[tuple[Target, ...]]:
-    """Targets that one plan can serve: all of a flavour."""
-    by_flavour: dict[str, list[Target]] = {}
-    for target in targets:
-        by_flavour.setdefault(target.flavour, []).append(target)
-    return [tuple(each) for each in by_flavour.values()]
 
 
 def engine_facts(folder: Path) -> list[dict[str, Any]]:

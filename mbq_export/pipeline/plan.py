@@ -195,7 +195,7 @@ def make_plan(request: BuildRequest) -> Plan:
         ),
         fingerprint={},
     )
-    request.engines.check(plan.max_context)
+    request.engines.check(plan.max_context, targets)
     if plan.lowering == "qdq" or not plan.with_reference:
         _check_qdq(plan)
     _check_room(plan)

@@ -23,7 +23,7 @@ def request(*targets: str, **changes: object) -> EngineRequest:
 
 def refusal(flavour: str, wanted: EngineRequest) -> MbqError:
     def check() -> None:
-        _trt_preflight.check_request(flavour, wanted)
+        _trt_preflight.check_options(flavour, wanted.devices, wanted.options)
         _trt_preflight.check_device(flavour, wanted.target, RTX4090)
 
     with pytest.raises(MbqError) as error:
@@ -32,7 +32,8 @@ def refusal(flavour: str, wanted: EngineRequest) -> MbqError:
 
 
 def test_several_devices_share_an_ahead_of_time_plan_only() -> None:
-    _trt_preflight.check_request("rtx", request("sm86:rtx", "sm89:rtx"))
+    both = request("sm86:rtx", "sm89:rtx")
+    _trt_preflight.check_options("rtx", both.devices, both.options)
     error = refusal("trt", request("sm89:trt", "sm120:trt"))
     assert (error.code, error.exit_status) == ("E2012", 2)
     assert "sm89:trt, sm120:trt" in error.message
@@ -45,7 +46,7 @@ def test_second_device_of_another_flavour_is_refused() -> None:
 def test_timing_cache_goes_with_builds_that_time() -> None:
     options = BuilderOptions(timing_cache=Path("times"))
     assert refusal("rtx", request("sm89:rtx", options=options)).code == "E2002"
-    _trt_preflight.check_request("trt", request("sm89:trt", options=options))
+    _trt_preflight.check_options("trt", request("sm89:trt").devices, options)
 
 
 def test_full_tensorrt_builds_on_the_device_only() -> None:
