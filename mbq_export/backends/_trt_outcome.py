@@ -48,6 +48,14 @@ MEMORY_WORDS: Final = (
 NO_DRIVER: Final = "cudaError 35"
 """TensorRT for RTX asks for a driver in passing and logs its absence as an error; building needs none."""
 
+PLUGIN_ERROR: Final = "MBQPLG error "
+"""Begins what a plugin of ours says when it refuses; TensorRT itself tells only that it did."""
+
+STACK: Final = (
+    'File "', "Thread 0x", "Current thread ", "Extension modules:", "Fatal Python error:", "<no Python frame>",
+)  # fmt: skip
+"""Begin lines of Python's stack, printed behind a crash: they tell where our loop stood, not what happened."""
+
 KEPT: Final = (JOB, LOG)
 QUOTED: Final = 5
 
@@ -63,27 +71,32 @@ class Story:
         errors: TensorRT's errors, first first.
         warnings: TensorRT's warnings.
         last: The last thing TensorRT said.
+        plugins: What our plugins complained of.
     """
 
     stage: str
     errors: tuple[str, ...]
     warnings: tuple[str, ...]
     last: str
+    plugins: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, log: Path) -> Self:
         """Read a log; one that does not exist tells nothing."""
         stage, last, said = "start", "", {"E": [""], "W": [""]}
+        plugins: list[str] = []
         with contextlib.suppress(FileNotFoundError), log.open(errors="replace") as lines:
             for line in lines:
                 if line.startswith(STAGE_MARK):
                     stage = line.removeprefix(STAGE_MARK).strip()
+                elif line.startswith(PLUGIN_ERROR):
+                    plugins.append(line.removeprefix(PLUGIN_ERROR).strip())
                 elif match := _MESSAGE.match(line):
                     last = match["text"].strip()
                     if NO_DRIVER not in last:
                         said.get(match["severity"], []).append(last)
         errors, warnings = (tuple(filter(None, said[each])) for each in "EW")
-        return cls(stage=stage, errors=errors, warnings=warnings, last=last)
+        return cls(stage=stage, errors=errors, warnings=warnings, last=last, plugins=tuple(plugins))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -250,7 +263,7 @@ def refusal(job: Job, result: Result, story: Story, kept: str) -> MbqError:
     memory = result.kind == "trt-build" and _is_memory(story.errors)
     kind = "trt-memory" if memory else result.kind
     meaning = MEANINGS[kind]
-    details = result.details or story.errors
+    details = (*story.plugins, *(result.details or story.errors))
     quoted = "; ".join(_one_line(each) for each in details[:QUOTED])
     install = FLAVOURS[job.flavour].install
     return meaning.error(
@@ -323,7 +336,10 @@ def keep_logs(workdir: Path, logs: Path | None) -> str:
 
 
 def _last_words(child: ChildResult) -> str:
-    lines = [line.strip() for line in child.tail() if line.strip()]
+    said = [line.strip() for line in child.tail(60) if line.strip()]
+    lines = [
+        line for line in said if not line.startswith(STACK) and not _MESSAGE.match(line)
+    ] or said
     return _one_line(" | ".join(lines[-QUOTED:])) if lines else "it said nothing"
 
 

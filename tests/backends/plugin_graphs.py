@@ -47,7 +47,8 @@ def other_library(folder: Path, code: str) -> PluginLibrary:
     """A library of another's making under the name of ours; the checks of the file itself are skipped."""
     source, path = folder / "other.cpp", folder / FILE_NAME
     source.write_text(code)
-    outcome = compiled.run([compiled.tool("g++"), "-shared", "-fPIC", source, "-o", path])
+    flags = ["-shared", "-fPIC", "-w", *compiled.includes()]
+    outcome = compiled.run([compiled.tool("g++"), *flags, source, "-o", path])
     assert outcome.returncode == 0, outcome.stderr
     return stand_in(path)
 

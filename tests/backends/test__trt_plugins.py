@@ -20,6 +20,26 @@ EMPTY = (
 FINDER = 'extern "C" void setLoggerFinder(void*) {}\n'
 
 
+THROWS = """
+#include <NvInferRuntime.h>
+using namespace nvinfer1;
+struct Creator : IPluginCreatorV3One {
+    IPluginV3* createPlugin(char const*, PluginFieldCollection const*, TensorRTPhase) noexcept override { throw 1; }
+    PluginFieldCollection const* getFieldNames() noexcept override { static PluginFieldCollection none{}; return &none; }
+    char const* getPluginName() const noexcept override { return "W3Linear"; }
+    char const* getPluginVersion() const noexcept override { return "1"; }
+    char const* getPluginNamespace() const noexcept override { return "mbq"; }
+};
+extern "C" IPluginCreatorInterface* const* getCreators(int& n) {
+    static Creator creator;
+    static IPluginCreatorInterface* const all[] = {&creator};
+    n = 1;
+    return all;
+}
+"""
+"""A creator of our name that throws where it must not: the C++ runtime ends the process."""
+
+
 def build(
     graph: EngineGraph, library: PluginLibrary | None, out: Path, **changes: object
 ) -> EngineRecord:
@@ -92,13 +112,23 @@ def test_plugin_that_nobody_planned_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "doctored", [{"N": 48}, {"K": 256}, {"bits": 4}, {"group_size": 48}, {"layout_version": 9}]
+    ("doctored", "words"),
+    [
+        ({"N": 48}, "input 1 has rank 3 and size 2 first, expected rank 3 and 3"),
+        ({"K": 256}, "K=256"),
+        ({"bits": 4}, "bits"),
+        ({"group_size": 48}, "the group size is not one of the scheme's"),
+        ({"layout_version": 9}, "tiles of layout version 9, this library reads 1"),
+    ],
 )
-def test_creator_that_refuses_fails_the_build(tmp_path: Path, doctored: dict[str, int]) -> None:
+def test_plugin_that_refuses_fails_the_build_in_its_own_words(
+    tmp_path: Path, doctored: dict[str, int], words: str
+) -> None:
     graph = plugin_graphs.linears(tmp_path, **doctored)
     error = refusal(graph, plugin_graphs.emulated(), tmp_path)
     assert error.code in {"E6001", "E6002"}
     assert error.exit_status == 6
+    assert words in error.message
 
 
 def test_missing_field_is_no_default(tmp_path: Path) -> None:
@@ -168,3 +198,11 @@ def test_library_that_hangs_is_ended(tmp_path: Path) -> None:
     error = refusal(plugin_graphs.linears(tmp_path), library, tmp_path, timeout_s=3)
     assert (error.code, error.exit_status) == ("E5006", 5)
     assert "still in plugins after 3 s" in error.message
+
+
+def test_creator_that_throws_ends_the_child_and_nothing_else(tmp_path: Path) -> None:
+    library = plugin_graphs.other_library(tmp_path, THROWS + FINDER)
+    error = refusal(plugin_graphs.linears(tmp_path), library, tmp_path)
+    assert (error.code, error.exit_status) == ("E6003", 6)
+    assert "died of SIGABRT in parse" in error.message
+    assert "after throwing" in error.why
