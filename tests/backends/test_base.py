@@ -30,7 +30,14 @@ def test_record_collects_the_checks_that_failed() -> None:
         Check(name="engine.A7", ok=None, why="no count"),
     )
     engine = EngineFile(
-        path=Path("e"), sha256="", size=0, layers=1, checks=checks, seconds=0.0, peak_rss_bytes=0
+        path=Path("e"),
+        sha256="",
+        size=0,
+        layers=1,
+        checks=checks,
+        seconds=0.0,
+        peak_rss_bytes=0,
+        plugin_layers={},
     )
     record = EngineRecord(
         folder=Path(), library="rtx 1", engines={"vision": engine}, verified=False, reason="r"
