@@ -182,7 +182,9 @@ def test_a_bundle_without_engines_names_what_runs_instead(full: Bundle) -> None:
 
 
 def test_an_unknown_backend_lists_the_known_ones(full: Bundle) -> None:
-    with pytest.raises(UsageError, match=r"Unknown backend 'orx'(?s:.*)known: ort, rtx, torch, trt"):
+    with pytest.raises(
+        UsageError, match=r"Unknown backend 'orx'(?s:.*)known: ort, rtx, torch, trt"
+    ):
         open_session(full, backend="orx")
 
 
