@@ -171,6 +171,7 @@ class KeptDecoder:
         logits: Name of the output.
         width: Columns of the logits.
         sequence: Number of the sequence in the cache; 0 at first.
+        length: Positions of it that are filled.
     """
 
     engine: LoadedEngine
@@ -179,6 +180,7 @@ class KeptDecoder:
     logits: str
     width: int
     sequence: int = 0
+    length: int = 0
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run (1, T, hidden) new tokens, in parts if they are more than one run takes.
@@ -187,14 +189,19 @@ class KeptDecoder:
             (1, 1, V) logits of the last position.
 
         Raises:
-            Refused: ``trt-run`` for positions beyond the cache, which TensorRT would drop without a word.
+            Refused: ``trt-run`` for positions beyond the cache, which TensorRT would drop without a word, and for
+                ones that do not continue what is in it.
         """
         embeds, positions = feeds["inputs_embeds"], feeds[POSITIONS]
         number = int(feeds[SEQUENCE][0])
         if number != self.sequence:
             self.engine.forget()
-            self.sequence = number
+            self.sequence, self.length = number, 0
         first, count = int(positions[0, 0]), embeds.shape[1]
+        if first != self.length:
+            raise Refused(
+                "trt-run", f"Position {first} does not continue {self.length} in the cache."
+            )
         if first + count > self.slots:
             raise Refused("trt-run", f"Position {first + count} is beyond {self.slots} slots.")
         outputs: dict[str, NDArray[Any]] = {}
@@ -204,6 +211,7 @@ class KeptDecoder:
                 self._feeds(embeds[:, part], positions[:, part], first + part.start),
                 {self.logits: (1, 1, self.width)},
             )
+        self.length = first + count
         return outputs
 
     def _feeds(

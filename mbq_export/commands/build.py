@@ -152,4 +152,5 @@ def _summary(result: "BuildResult", out: Path) -> dict[str, Any]:
         "gates": [] if result.gates is None else [check.as_json() for check in result.gates.checks],
         "engines": result.facts["engines"],
         "skipped_engines": result.skipped_engines,
+        "lowering": result.facts["lowering"],
     }

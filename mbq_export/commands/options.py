@@ -148,7 +148,8 @@ Runner = Annotated[
     str,
     typer.Option(
         "--backend",
-        help="ort; torch for the packed weights on the kernels; oracle for the reference model.",
+        help="ort; torch for the packed weights on the kernels; rtx or trt for engines, on their device; oracle for "
+        "the reference model.",
     ),
 ]
 Lowering = Annotated[

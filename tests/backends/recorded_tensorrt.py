@@ -9,7 +9,7 @@ that sums what is in its cache, so that a wrong slot, mask, alias or sequence gi
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import SimpleNamespace
@@ -43,6 +43,30 @@ LARGEST = {
     "logits": (1, 1, VOCABULARY),
     "present.0.key": CACHE,
 }
+
+
+def add_up(at: Callable[[str], np.ndarray]) -> None:
+    """Write the embeddings into the cache; the logits are the sum of all that the mask shows, and the position."""
+    embeds, mask = at("inputs_embeds"), at("attention_mask")
+    past, present = at("past_key_values.0.key"), at("present.0.key")
+    start = int(at("write_indices")[0])
+    present[...] = past
+    present[0, 0, start : start + embeds.shape[1]] = embeds[0]
+    seen = (present[0, 0].astype(np.float32) * mask[0][:, None]).sum()
+    at("logits")[...] = [[[seen, at("position_ids")[0, -1]]]]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What an engine of the double computes, and its tensors: type and shape by name, -1 for sizes that vary."""
+
+    inputs: Mapping[str, tuple[Any, tuple[int, ...]]]
+    outputs: Mapping[str, tuple[Any, tuple[int, ...]]]
+    largest: Mapping[str, tuple[int, ...]]
+    compute: Callable[[Callable[[str], np.ndarray]], None]
+
+
+SUMS = Graph(inputs=INPUTS, outputs=OUTPUTS, largest=LARGEST, compute=add_up)
 
 
 class TensorIOMode(Enum):
@@ -112,29 +136,31 @@ class RecordedCuda:
 
 @dataclass
 class Engine:
-    """ICudaEngine of the decoder."""
+    """ICudaEngine of a decoder."""
 
     cuda: RecordedCuda
     aliases: bool = True
+    graph: Graph = SUMS
 
     @property
     def num_io_tensors(self) -> int:
-        return len(INPUTS) + len(OUTPUTS)
+        return len(self.graph.inputs) + len(self.graph.outputs)
 
     def get_tensor_name(self, index: int) -> str:
-        return [*INPUTS, *OUTPUTS][index]
+        return [*self.graph.inputs, *self.graph.outputs][index]
 
     def get_tensor_mode(self, name: str) -> TensorIOMode:
-        return TensorIOMode.INPUT if name in INPUTS else TensorIOMode.OUTPUT
+        return TensorIOMode.INPUT if name in self.graph.inputs else TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> Any:
-        return {**INPUTS, **OUTPUTS}[name][0]
+        return {**self.graph.inputs, **self.graph.outputs}[name][0]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return {**INPUTS, **OUTPUTS}[name][1]
+        return {**self.graph.inputs, **self.graph.outputs}[name][1]
 
     def get_aliased_input_tensor(self, name: str) -> str:
-        return "past_key_values.0.key" if self.aliases and name == "present.0.key" else ""
+        cache = name.startswith("present.")
+        return name.replace("present.", "past_key_values.") if self.aliases and cache else ""
 
     def create_execution_context(self) -> "Context":
         return Context(engine=self)
@@ -142,7 +168,7 @@ class Engine:
 
 @dataclass
 class Context:
-    """IExecutionContext of the decoder."""
+    """IExecutionContext of a decoder."""
 
     engine: Engine
     addresses: dict[str, int] = field(default_factory=dict)
@@ -154,7 +180,8 @@ class Context:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = tuple(shape)
-        return all(size <= most for size, most in zip(shape, LARGEST[name], strict=True))
+        largest = self.engine.graph.largest[name]
+        return all(size <= most for size, most in zip(shape, largest, strict=True))
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == 77
@@ -166,20 +193,13 @@ class Context:
         return True
 
     def _compute(self) -> None:
-        embeds, mask = self._at("inputs_embeds"), self._at("attention_mask")
-        past, present = self._at("past_key_values.0.key"), self._at("present.0.key")
-        start = int(self._at("write_indices")[0])
-        present[...] = past
-        present[0, 0, start : start + embeds.shape[1]] = embeds[0]
-        seen = (present[0, 0].astype(np.float32) * mask[0][:, None]).sum()
-        self._at("logits")[...] = [[[seen, self._at("position_ids")[0, -1]]]]
+        self.engine.graph.compute(self._at)
 
     def _at(self, name: str) -> np.ndarray:
-        shape = self.shapes.get(name, LARGEST[name])
+        shape = self.shapes.get(name, self.engine.graph.largest[name])
         dtype = np.dtype(self.engine.get_tensor_dtype(name))
-        room = (ctypes.c_char * (int(np.prod(shape)) * dtype.itemsize)).from_address(
-            self.addresses[name]
-        )
+        size = int(np.prod(shape)) * dtype.itemsize
+        room = (ctypes.c_char * size).from_address(self.addresses[name])
         return np.frombuffer(room, dtype).reshape(shape)
 
 
@@ -215,15 +235,17 @@ def module(cuda: RecordedCuda) -> Any:
     )
 
 
-def decoder(cuda: RecordedCuda, *, aliases: bool = True) -> _trt_session.LoadedEngine:
-    """The decoder, bound."""
-    engine = Engine(cuda, aliases=aliases)
+def decoder(
+    cuda: RecordedCuda, *, aliases: bool = True, graph: Graph = SUMS
+) -> _trt_session.LoadedEngine:
+    """A decoder, bound."""
+    engine = Engine(cuda, aliases=aliases, graph=graph)
     loaded = _trt_session.LoadedEngine(
         trt=module(cuda),
         cuda=Cuda(cuda),
         engine=engine,
         context=engine.create_execution_context(),
-        largest=LARGEST,
+        largest=graph.largest,
     )
     loaded.bind()
     return loaded

@@ -95,7 +95,7 @@ def test_tokens_cross_and_the_cache_stays(tmp_path: Path) -> None:
 
 def test_failed_run_is_an_error_and_ends_the_child(tmp_path: Path) -> None:
     engine = opened(engine_file(tmp_path))
-    with pytest.raises(MbqError, match="beyond 16 slots") as error:
+    with pytest.raises(MbqError, match="Position 16 does not continue 0") as error:
         engine.run(feeds(1, double.SLOTS))
     assert error.value.code == "E6009"
     engine.close()

@@ -100,10 +100,22 @@ def test_position_beyond_the_cache_is_refused_before_tensorrt_drops_it(
     cuda: double.RecordedCuda,
 ) -> None:
     decoder = kept(double.decoder(cuda))
+    step(decoder, [1] * double.SLOTS, at=0)
+    ran = cuda.calls.count("execute_async_v3")
     with pytest.raises(Refused, match="Position 17 is beyond 16 slots") as error:
         step(decoder, [1], at=16)
     assert error.value.kind == "trt-run"
-    assert "execute_async_v3" not in cuda.calls
+    assert cuda.calls.count("execute_async_v3") == ran
+
+
+def test_tokens_that_do_not_continue_the_cache_are_refused(cuda: double.RecordedCuda) -> None:
+    decoder = kept(double.decoder(cuda))
+    step(decoder, [1, 2], at=0, sequence=1)
+    with pytest.raises(Refused, match="Position 4 does not continue 2"):
+        step(decoder, [1], at=4, sequence=1)
+    step(decoder, [1], at=0, sequence=2)
+    with pytest.raises(Refused, match="Position 2 does not continue 0"):
+        step(decoder, [1], at=2, sequence=1)
 
 
 def test_shape_beyond_the_profile_names_input_and_profile(cuda: double.RecordedCuda) -> None:
@@ -130,7 +142,9 @@ def test_double_has_no_name_that_the_bindings_lack() -> None:
         pytest.skip("tensorrt-lean bindings are not installed")
     code = "import tensorrt_lean_bindings as t\n"
     for real, mine in CALLED.items():
-        names = sorted(n for n in vars(mine) if not n.startswith("_") and n != "aliases")
+        names = sorted(
+            n for n in vars(mine) if not n.startswith("_") and n not in {"aliases", "graph"}
+        )
         code += f"for name in {names}: assert hasattr(t.{real}, name), name\n"
     code += "assert t.TensorIOMode.INPUT and t.nptype and t.Logger.WARNING\n"
     code += "import os; os._exit(0)\n"

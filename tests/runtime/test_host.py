@@ -1,15 +1,26 @@
-"""Which engines of a bundle a session takes; that they run is shown on `tests/backends/recorded_tensorrt.py`."""
+"""Which engines of a bundle a session takes, and answers over the double of `tests/backends/recorded_tensorrt.py`."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from mbq_export.backends import BACKENDS
+from mbq_export.backends import BACKENDS, _trt_host
+from mbq_export.backends._trt_session import KeptDecoder
+from mbq_export.backends.base import TensorSpec
+from mbq_export.backends.ort import OrtEngine, open_graph
 from mbq_export.bundle import Bundle
 from mbq_export.errors import MbqError
 from mbq_export.native import LocalGpu
 from mbq_export.runtime import ISOLATED, host
+from mbq_export.runtime.request import Engines, Model
+from mbq_export.runtime.sampling import Options
+from mbq_export.runtime.session import Session
+from tests.backends import recorded_tensorrt as double
+from tests.runtime import handmade
+from tests.runtime.test_session import greedy
 
 CARD = LocalGpu(name="GeForce RTX 4090", sm=89, driver="580.95")
 
@@ -45,3 +56,87 @@ def test_flavour_without_engines_lists_those_that_are_there(tmp_path: Path) -> N
 
 def test_backends_with_engines_are_those_that_say_so() -> None:
     assert tuple(name for name, each in BACKENDS.members().items() if each.isolated) == ISOLATED
+
+
+CHUNK = 5
+"""Tokens of one run: the prompts below take several."""
+
+
+class InProcess:
+    """A decoder that keeps its cache on the double's device, without the process around it."""
+
+    def __init__(self, decoder: OrtEngine) -> None:
+        slots = handmade.POSITIONS
+        cache = (np.float32, (-1, 1, slots, handmade.HIDDEN))
+        inputs = {
+            "inputs_embeds": (np.float32, (-1, -1, handmade.HIDDEN)),
+            "attention_mask": (np.int64, (-1, slots)),
+            "position_ids": (np.int64, (-1, -1)),
+            "write_indices": (np.int64, (-1,)),
+            **{f"past_key_values.0.{part}": cache for part in ("key", "value")},
+        }
+        outputs = {
+            "logits": (np.float32, (-1, 1, handmade.VOCAB)),
+            **{f"present.0.{part}": cache for part in ("key", "value")},
+        }
+
+        def compute(at: Callable[[str], np.ndarray]) -> None:
+            names = dict(zip(inputs, decoder.inputs, strict=True))
+            found = decoder.run({spec.name: at(name).copy() for name, spec in names.items()})
+            for name, spec in zip(outputs, decoder.outputs, strict=True):
+                at(name)[...] = found[spec.name]
+
+        largest = {
+            name: tuple({-1: 1}.get(size, size) for size in shape)
+            for name, (_, shape) in {**inputs, **outputs}.items()
+        } | {"inputs_embeds": (1, CHUNK, handmade.HIDDEN), "position_ids": (1, CHUNK)}
+        self.cuda = double.RecordedCuda()
+        graph = double.Graph(inputs=inputs, outputs=outputs, largest=largest, compute=compute)
+        engine = double.decoder(self.cuda, graph=graph)
+        self.run = KeptDecoder(
+            engine=engine, slots=slots, chunk=CHUNK, logits="logits", width=handmade.VOCAB
+        ).run
+        specs = [
+            tuple(
+                TensorSpec(
+                    name=name,
+                    dtype=np.dtype(dtype).name,
+                    shape=tuple("n" if size < 0 else size for size in shape),
+                )
+                for name, (dtype, shape) in ports.items()
+            )
+            for ports in (inputs, outputs)
+        ]
+        self.inputs, self.outputs = _trt_host.kept_ports(*specs)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    """A session whose decoder is the handmade one, run by the double as an engine with a static cache."""
+    plain = handmade.model(tmp_path, kv="static", logits="last")
+    path = handmade.decoder(handmade.weights(), tmp_path / "d.onnx", kv="static", logits="last")
+    decoder = InProcess(open_graph(path, threads=1))
+    engines = Engines(vision=plain.engines.vision, embed=plain.engines.embed, decoder=decoder)
+    model = Model(
+        engines=engines, preprocessor=handmade.Bytes(), merge=handmade.merge, limit=plain.limit
+    )
+    with Session(model) as opened:
+        yield opened
+
+
+def test_answers_over_a_kept_cache_are_those_of_the_model_without_one(session: Session) -> None:
+    for prompt in ("a", "what is it", "zebra"):
+        found = session.generate(prompt, options=Options(max_new_tokens=20, ignore_end=True))
+        assert list(found.ids) == greedy(prompt, 20)
+    calls = session.model.engines.decoder.cuda.calls
+    assert calls.count("cuGraphLaunch") > calls.count("execute_async_v3"), "steps are replayed"
+
+
+def test_forced_tokens_give_the_logits_of_every_position(session: Session) -> None:
+    inputs = handmade.Bytes().inputs("colour", [np.ones(handmade.TILE)], answer="red")
+    w = handmade.weights()
+    expected = handmade.reference_logits(w, handmade.reference_embeds(w, inputs))
+    np.testing.assert_allclose(session.teacher_forced(inputs), expected, rtol=1e-4, atol=1e-4)
