@@ -1,5 +1,6 @@
 """What is found of TensorRT, on machines with and without it."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -134,11 +135,24 @@ def test_childs_environment_holds_what_it_needs_and_no_more(
     assert "SECRET_TOKEN" not in environment
 
 
-def test_copy_without_package_data_has_an_unknown_version(tmp_path: Path) -> None:
+@pytest.mark.trt
+def test_copy_without_package_data_is_asked_for_its_version(tmp_path: Path) -> None:
+    """As on systems whose package manager installed it; the library itself tells, in a child."""
+    path = without_tensorrt(tmp_path)
+    for package in ("tensorrt_rtx_bindings", "tensorrt_rtx_libs"):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        assert spec.submodule_search_locations is not None
+        (tmp_path / "site" / package).symlink_to(spec.submodule_search_locations[0])
+    code = "from mbq_export.backends import rtx; a = rtx.available(); print(a.ok, a.found)"
+    assert run(code, path).strip() == f"True rtx {_trt_flavour.find('rtx').version}"
+
+
+def test_copy_that_does_not_load_is_not_available(tmp_path: Path) -> None:
     path = without_tensorrt(tmp_path)
     for package in ("tensorrt_rtx_bindings", "tensorrt_rtx_libs"):
         (tmp_path / "site" / package).mkdir()
         (tmp_path / "site" / package / "__init__.py").touch()
     (tmp_path / "site" / "tensorrt_rtx_libs" / "libtensorrt_rtx.so.1").touch()
-    code = "from mbq_export.backends import rtx; a = rtx.available(); print(a.ok, a.found)"
-    assert run(code, path).strip() == "True rtx unknown"
+    code = "from mbq_export.backends import rtx; a = rtx.available(); print(a.ok)"
+    assert run(code, path).strip() == "False"
