@@ -1,5 +1,6 @@
 """Documents are part of the program: links lead somewhere, commands run, figures are on record."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 
 from mbq_export.commands import PANELS
 from tests.command_line import PROGRAM, ROOT
+from tests.plugins import compiled
 
 PAGES = sorted(
     [
@@ -48,6 +50,9 @@ def test_page_names_only_existing_commands(page: Path) -> None:
 )
 def test_commands_of_a_page_run_in_order(page: Path, tmp_path: Path) -> None:
     """Run every `$ mbq-export ...` line of a page's console blocks, in one empty folder."""
+    places = {"MBQ_EXPORT_CACHE": str(tmp_path / "cache")}
+    if "plugins build" in page.read_text():
+        places["TENSORRT_INCLUDE_DIR"] = str(compiled.tensorrt_headers())
     lines = [
         line[2:]
         for block in BLOCK.findall(page.read_text())
@@ -64,5 +69,6 @@ def test_commands_of_a_page_run_in_order(page: Path, tmp_path: Path) -> None:
             text=True,
             timeout=COMMAND_TIMEOUT_S,
             check=False,
+            env=os.environ | places,
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"

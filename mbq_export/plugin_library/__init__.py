@@ -30,6 +30,10 @@ BUNDLE_FOLDER: Final = "plugins"
 SECTION: Final = ".mbq_plugin"
 
 
+OLDEST_SM: Final = 80
+"""Compute capability that the kernels need."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PluginLibrary:
     """One compiled library, read but not loaded.
@@ -63,6 +67,9 @@ class PluginLibrary:
 
     def serves(self, sm: int) -> bool:
         """Whether a GPU can run it: machine code of the same generation and not newer, or PTX not newer."""
+        # The CUDA runtime inside the library brings code for older GPUs, which our kernels do not have.
+        if sm < OLDEST_SM:
+            return False
         images = [(kind, int(number)) for kind, _, number in (a.partition("_") for a in self.archs)]
         return any(of <= sm and (kind == "compute" or of // 10 == sm // 10) for kind, of in images)
 

@@ -54,7 +54,7 @@ def test_noise_is_an_error_unless_allowed_and_the_result_is_kept(bundle: Path) -
         (["--images", "-1"], 2, "E2003", "-1 is less than 0"),
         (["-r", "0"], 2, "E2017", "0 repetitions"),
         (["--ort-accuracy-level", "9"], 2, "E2003", "(got '9')"),
-        (["--backend", "rtx"], 2, "E2001", "not part of this release"),
+        (["--backend", "rtx"], 2, "E2001", "has no engines of"),
         (["--lowering", "plugin"], 2, "E2001", "has no fp32 graph"),
         (["--image", "nope.png"], 4, "E4304", "There is no file 'nope.png'"),
         (["-n", "600"], 2, "E2009", "the bundle allows 512"),

@@ -162,7 +162,7 @@ def test_line_that_is_no_json_stops_the_batch_before_a_model_is_loaded(
         (["-p", "x", "--max-new-tokens", "512"], 2, "E2009", "the bundle allows 512"),
         (["-p", "x", "--stop", ""], 2, "E2017", "--stop"),
         (["-p", "x", "--backend", "tvm"], 2, "E2001", "Unknown backend 'tvm'."),
-        (["-p", "x", "--backend", "rtx"], 2, "E2001", "not part of this release"),
+        (["-p", "x", "--backend", "rtx"], 2, "E2001", "has no engines of"),
         (["-p", "x", "--lowering", "plugin"], 2, "E2001", "has no fp32 graph"),
         (["-p", "x", "--threads", "-1"], 2, "E2003", "(got '-1')"),
         (["hello"], 2, "E2003", "unexpected extra argument"),

@@ -85,7 +85,7 @@ def test_folder_that_is_no_bundle_is_refused_with_what_would_be_one(
         (["--tier", "nonsense"], 2, "E2001", "Unknown tier 'nonsense'."),
         (["--tier", ""], 2, "E2001", "Unknown tier ''."),
         (["--backend", "cuda"], 2, "E2001", "Unknown backend 'cuda'."),
-        (["--backend", "rtx", "--tier", "tokens"], 2, "E2001", "not part of this release"),
+        (["--backend", "rtx", "--tier", "tokens"], 2, "E2001", "has no engines of"),
         (["--lowering", "plugin", "--tier", "tokens"], 2, "E2001", "has no fp32 graph"),
         (["--samples", "0"], 2, "E2003", "(got '0')"),
         (["--questions", "none"], 2, "E2003", "(got 'none')"),

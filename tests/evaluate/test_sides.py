@@ -114,11 +114,20 @@ def test_setups_are_named_as_reports_show_them() -> None:
 
 def test_unknown_lowering_lists_what_the_bundle_has(oracle: Oracle) -> None:
     with (
-        pytest.raises(UsageError, match="plugin") as caught,
-        open_tested(Setup(bundle=tiny_bundle(), lowering="plugin"), oracle),
+        pytest.raises(UsageError, match="fancy") as caught,
+        open_tested(Setup(bundle=tiny_bundle(), lowering="fancy"), oracle),
     ):
         pass
     assert "decoder_model_merged_qdq_ort.onnx" in caught.value.why
+
+
+def test_graphs_of_plugins_run_in_engines_only(oracle: Oracle) -> None:
+    with (
+        pytest.raises(UsageError) as caught,
+        open_tested(Setup(bundle=tiny_bundle(), lowering="plugin"), oracle),
+    ):
+        pass
+    assert "in engines of TensorRT only" in caught.value.why
 
 
 def test_value_that_no_graph_has_is_refused(oracle: Oracle) -> None:
