@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mbq_export.schemes.layouts.tiles import TiledWeight, untile
+from mbq_export.schemes.oracle import dequantized
 from mbq_kernels.base import Build, checked_output, compute_capability, interpretable
 from mbq_kernels.configs import Gemm, Gemv, main_configs, select_config
 from mbq_kernels.tile_reading import (
@@ -214,6 +216,21 @@ def store_block(
         y += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)[None, :]
     mask = (m[:, None] < M) & (n[None, :] < N)
     tl.store(y_ptr + m[:, None] * N + n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def oracle(x: Tensor, tiled: TiledWeight) -> Tensor:
+    """Slow truth: x W^T + bias with W = (u - z) * s.
+
+    Args:
+        x: (M, K).
+        tiled: N by K.
+
+    Returns:
+        (M, N) float64, not rounded.
+    """
+    packed = untile(tiled)
+    y = x.double() @ torch.from_numpy(dequantized(packed)).T
+    return y if packed.bias is None else y + torch.from_numpy(packed.bias.astype("float64"))
 
 
 def linear(x: Tensor, weight: DeviceWeight, *, bits: int, out: Tensor | None = None) -> Tensor:
