@@ -44,7 +44,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(FAST)"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "$(SLOW)"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=25 -m "$(SLOW)"
 
 # On a machine with a GPU a skipped test is a failure.
 test-gpu: setup

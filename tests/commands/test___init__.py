@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import subprocess
 import sys
 import tomllib
@@ -15,7 +14,6 @@ from mbq_export.commands import COMMANDS, app
 from tests.command_line import PROGRAM, ROOT, run, tell
 
 NAMES = [module.__name__.rpartition(".")[2] for module in COMMANDS]
-HELP_CPU_S = 0.4
 OTHERS = ("hf ", "cp ", "pip ", "nvidia-smi", "--query-gpu", "[cmake, ", "kernels/build.py")
 """Lines with options of other programs."""
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
@@ -57,17 +55,6 @@ def test_no_message_names_a_command_that_does_not_exist() -> None:
     lines = [line for _, line in advice() if "fix" in line] + fixes
     wrong = {name for line in lines for name in COMMAND.findall(line)} - set(NAMES)
     assert wrong == set()
-
-
-def test_help_takes_little_time() -> None:
-    """CPU time, because a busy machine stretches the rest; the best of three, because caches warm up."""
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([*PROGRAM, "build", "--help"], check=True, stdout=subprocess.DEVNULL)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) <= HELP_CPU_S
 
 
 @pytest.mark.parametrize("name", NAMES)
