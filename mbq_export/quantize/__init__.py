@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
-from mbq_export import __version__
 from mbq_export.blocks.stream import BlockStream
-from mbq_export.checkpoint import (
-    CONFIG_FILE,
-    KEPT,
-    SCHEMA,
-    SCHEMA_MAJOR,
-    QuantCheckpoint,
-    activation_of,
-)
+from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import FormatError, InternalError, located
 from mbq_export.progress import Progress, silent
 from mbq_export.quantize.apply import (
@@ -26,14 +17,16 @@ from mbq_export.quantize.apply import (
     exact,
     quantize_block,
 )
+from mbq_export.quantize.facts import (
+    config_with_quantization,
+    model_facts,
+    number_facts,
+    skipped_modules,
+)
 from mbq_export.quantize.write import write_checkpoint
-from mbq_export.reading import sha256_of
-from mbq_export.schemes.base import CHANNEL, FULL_PRECISION_BITS
-from mbq_export.schemes.layouts.dense import LAYOUT
 from mbq_export.writing import explained, partial_path, publish
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -97,13 +90,13 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
         staged,
         [*(block.tensors for block in blocks), {n: exact(t, model, n) for n, t in rest.items()}],
         info={
-            **_model_facts(model, [*(block.sha256 for block in blocks), content_hash(rest)]),
-            **_number_facts(rounding),
+            **model_facts(model, [*(block.sha256 for block in blocks), content_hash(rest)]),
+            **number_facts(rounding),
             "method": _method_facts(scales),
             "linears": [row for block in blocks for row in block.linears],
-            "skipped": _skipped(model, rounding),
+            "skipped": skipped_modules(model, rounding),
         },
-        config=_config(model, rounding),
+        config=config_with_quantization(model, rounding),
         source=model.folder,
     )
     with explained(out):
@@ -177,38 +170,6 @@ def _check_blocks(scales: ChannelScales, count: int) -> None:
         )
 
 
-def _model_facts(model: LoadedModel, hashes: Sequence[str]) -> dict[str, Any]:
-    head = f"{model.family.head}.weight"
-    return {
-        "schema": f"{SCHEMA}@{SCHEMA_MAJOR}",
-        "tool": {"name": "mbq-export", "version": __version__},
-        "model": {
-            "family": model.family.name,
-            "architecture": model.config["architectures"][0],
-            "config_sha256": sha256_of(model.folder / CONFIG_FILE),
-            "source_sha256": hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
-        },
-        "tied": {head: f"{model.family.embed}.weight"} if model.text.tied_head else {},
-        "lm_head": None,
-    }
-
-
-def _number_facts(rounding: Rounding) -> dict[str, Any]:
-    scheme = rounding.scheme
-    return {
-        "scheme": {
-            "name": scheme.name if scheme else KEPT,
-            "bits": scheme.weight_bits if scheme else FULL_PRECISION_BITS,
-            "group_size": rounding.group_size,
-            "symmetric": scheme.symmetric if scheme else False,
-            "rounding": "half_even",
-            "scale_dtype": "float32" if scheme and rounding.group_size == CHANNEL else "float16",
-            "activation": activation_of(scheme),
-        },
-        "layout": {"name": LAYOUT.name, "version": LAYOUT.version},
-    }
-
-
 def _method_facts(scales: ChannelScales) -> dict[str, Any]:
     switches = scales.switches.resolved()
     return {
@@ -216,39 +177,4 @@ def _method_facts(scales: ChannelScales) -> dict[str, Any]:
         **switches,
         "calibration_sha256": scales.calib.get("data", {}).get("sha256"),
         "seed": scales.calib.get("seed"),
-    }
-
-
-def _skipped(model: LoadedModel, rounding: Rounding) -> list[dict[str, Any]]:
-    """Which matrices stay in floating point, by pattern, and why."""
-    blocks = model.family.blocks
-    counts: dict[str, int] = {}
-    for name, module in model.module.named_modules():
-        weight = getattr(module, "weight", None)
-        if weight is None or weight.dim() < 2 or name.startswith(f"{blocks}."):
-            continue
-        top = ".".join(name.split(".")[:2])
-        pattern = name if top == name or blocks.startswith(f"{top}.") else f"{top}.*"
-        counts[pattern] = counts.get(pattern, 0) + 1
-    skipped = [{"pattern": p, "modules": n, "why": "policy"} for p, n in sorted(counts.items())]
-    if rounding.scheme is None:
-        linears = len(model.family.linears) * model.text.layers
-        skipped.append({"pattern": f"{blocks}.*", "modules": linears, "why": "baseline"})
-    return skipped
-
-
-def _config(model: LoadedModel, rounding: Rounding) -> Mapping[str, Any]:
-    if rounding.scheme is None:
-        return model.config
-    return {
-        **model.config,
-        "quantization_config": {
-            "quant_method": "mbq",
-            "bits": rounding.scheme.weight_bits,
-            "group_size": rounding.group_size,
-            "sym": rounding.scheme.symmetric,
-            "format": f"mbq-{LAYOUT.name}",
-            "version": LAYOUT.version,
-            "modules_to_not_convert": [row["pattern"] for row in _skipped(model, rounding)],
-        },
     }

@@ -58,19 +58,50 @@ def write_checkpoint(
     Raises:
         ResourceError: E5001 or E5008.
     """
+    places = write_model_folder(
+        staged, tensors, config=config, source=source, metadata=METADATA, shard_bytes=shard_bytes
+    )
+    linears = [{**row, "file": places[f"{row['name']}.qweight"]} for row in info["linears"]]
+    listed = {**info, "linears": linears, "files": _file_rows(staged)}
+    write_file(staged / CHECKPOINT_FILE, json_bytes(listed))
+
+
+def write_model_folder(
+    staged: Path,
+    tensors: Iterable[Mapping[str, NDArray[Any]]],
+    *,
+    config: Mapping[str, Any],
+    source: Path,
+    metadata: Mapping[str, str],
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, str]:
+    """Write shards, their index, config.json and the companions of a model folder.
+
+    Args:
+        staged: The folder; whatever is there is removed first.
+        tensors: By full name, in pieces; a piece is never split over shards.
+        config: Content of config.json.
+        source: The folder whose tokenizer, processor and licence files are copied.
+        metadata: Strings for the header of each shard.
+        shard_bytes: Largest size of a shard, unless one piece is larger.
+
+    Returns:
+        The file of each tensor.
+
+    Raises:
+        ResourceError: E5001 or E5008.
+    """
     with explained(staged):
         if staged.exists():
             shutil.rmtree(staged)
         staged.mkdir(parents=True)
         for path in companions(source):
             shutil.copyfile(path, staged / path.name)
-    places, total_bytes = _write_shards(staged, _shards(tensors, shard_bytes))
+    places, total_bytes = _write_shards(staged, _shards(tensors, shard_bytes), metadata)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": places}
     write_file(staged / INDEX_FILE, json_bytes(index))
     write_file(staged / CONFIG_FILE, json_bytes(dict(config)))
-    linears = [{**row, "file": places[f"{row['name']}.qweight"]} for row in info["linears"]]
-    listed = {**info, "linears": linears, "files": _file_rows(staged)}
-    write_file(staged / CHECKPOINT_FILE, json_bytes(listed))
+    return places
 
 
 def companions(source: Path) -> list[Path]:
@@ -82,6 +113,7 @@ def companions(source: Path) -> list[Path]:
 def _shards(
     pieces: Iterable[Mapping[str, NDArray[Any]]], limit: int
 ) -> Iterator[dict[str, NDArray[Any]]]:
+    """Join pieces to shards of at most ``limit`` bytes; a piece is never split."""
     shard: dict[str, NDArray[Any]] = {}
     for piece in pieces:
         size = sum(array.nbytes for array in (*shard.values(), *piece.values()))
@@ -93,7 +125,7 @@ def _shards(
 
 
 def _write_shards(
-    staged: Path, shards: Iterable[Mapping[str, NDArray[Any]]]
+    staged: Path, shards: Iterable[Mapping[str, NDArray[Any]]], metadata: Mapping[str, str]
 ) -> tuple[dict[str, str], int]:
     """Write the shards; return the file of each tensor, and the bytes of all tensors."""
     names: list[list[str]] = []
@@ -101,7 +133,7 @@ def _write_shards(
     for shard in shards:
         names.append(sorted(shard))
         total_bytes += sum(array.nbytes for array in shard.values())
-        write_tensors(staged / _numbered(len(names)), shard, metadata=METADATA)
+        write_tensors(staged / _numbered(len(names)), shard, metadata=metadata)
     places: dict[str, str] = {}
     for number, members in enumerate(names, 1):
         # How many there are is known only now.

@@ -1,0 +1,88 @@
+"""What `mbq.json` and config.json say about a checkpoint as a whole: model, number format, what is kept."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+from mbq_export import __version__
+from mbq_export.checkpoint import CONFIG_FILE, KEPT, SCHEMA, SCHEMA_MAJOR, activation_of
+from mbq_export.reading import sha256_of
+from mbq_export.schemes.base import CHANNEL, FULL_PRECISION_BITS
+from mbq_export.schemes.layouts.dense import LAYOUT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mbq_export.families.base import LoadedModel
+    from mbq_export.quantize.apply import Rounding
+
+
+def model_facts(model: LoadedModel, hashes: Sequence[str]) -> dict[str, Any]:
+    """Which model it is; ``hashes`` are those of all its weights."""
+    head = f"{model.family.head}.weight"
+    return {
+        "schema": f"{SCHEMA}@{SCHEMA_MAJOR}",
+        "tool": {"name": "mbq-export", "version": __version__},
+        "model": {
+            "family": model.family.name,
+            "architecture": model.config["architectures"][0],
+            "config_sha256": sha256_of(model.folder / CONFIG_FILE),
+            "source_sha256": hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
+        },
+        "tied": {head: f"{model.family.embed}.weight"} if model.text.tied_head else {},
+        "lm_head": None,
+    }
+
+
+def number_facts(rounding: Rounding) -> dict[str, Any]:
+    """The number format of its linears, and how their bits lie."""
+    scheme = rounding.scheme
+    return {
+        "scheme": {
+            "name": scheme.name if scheme else KEPT,
+            "bits": scheme.weight_bits if scheme else FULL_PRECISION_BITS,
+            "group_size": rounding.group_size,
+            "symmetric": scheme.symmetric if scheme else False,
+            "rounding": "half_even",
+            "scale_dtype": "float32" if scheme and rounding.group_size == CHANNEL else "float16",
+            "activation": activation_of(scheme),
+        },
+        "layout": {"name": LAYOUT.name, "version": LAYOUT.version},
+    }
+
+
+def skipped_modules(model: LoadedModel, rounding: Rounding) -> list[dict[str, Any]]:
+    """Which matrices stay in floating point, by pattern, and why."""
+    blocks = model.family.blocks
+    counts: dict[str, int] = {}
+    for name, module in model.module.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.dim() < 2 or name.startswith(f"{blocks}."):
+            continue
+        top = ".".join(name.split(".")[:2])
+        pattern = name if top == name or blocks.startswith(f"{top}.") else f"{top}.*"
+        counts[pattern] = counts.get(pattern, 0) + 1
+    skipped = [{"pattern": p, "modules": n, "why": "policy"} for p, n in sorted(counts.items())]
+    if rounding.scheme is None:
+        linears = len(model.family.linears) * model.text.layers
+        skipped.append({"pattern": f"{blocks}.*", "modules": linears, "why": "baseline"})
+    return skipped
+
+
+def config_with_quantization(model: LoadedModel, rounding: Rounding) -> Mapping[str, Any]:
+    """The model's config.json with a ``quantization_config`` that other tools refuse by name."""
+    if rounding.scheme is None:
+        return model.config
+    return {
+        **model.config,
+        "quantization_config": {
+            "quant_method": "mbq",
+            "bits": rounding.scheme.weight_bits,
+            "group_size": rounding.group_size,
+            "sym": rounding.scheme.symmetric,
+            "format": f"mbq-{LAYOUT.name}",
+            "version": LAYOUT.version,
+            "modules_to_not_convert": [row["pattern"] for row in skipped_modules(model, rounding)],
+        },
+    }
