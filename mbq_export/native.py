@@ -7,14 +7,16 @@ streams and a time limit; when it ends, by itself or not, nothing of its group i
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, cast
@@ -24,7 +26,11 @@ logger = logging.getLogger(__name__)
 GRACE_S: Final = 10.0
 """Between asking a group to end and ending it."""
 
+CALL_SECONDS: Final = 600.0
+"""Usual limit of one answer of an engine's process, the load included; none should take minutes."""
+
 POLL_S: Final = 0.02
+WATCH_S: Final = 0.1
 TAIL_BYTES: Final = 64 << 10
 PROBE_TIMEOUT_S: Final = 10.0
 
@@ -149,22 +155,66 @@ class RunningChild:
     log: Path
     _process: subprocess.Popen[bytes]
     _started: float
+    _watchdog: "_Watchdog"
+
+    @property
+    def overdue(self) -> bool:
+        """Whether `limited` ended it."""
+        return self._watchdog.bit
+
+    @contextlib.contextmanager
+    def limited(self, seconds: float) -> Iterator[None]:
+        """Kill its group if what is done meanwhile takes longer: a read then finds the end of the pipe."""
+        self._watchdog.due = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._watchdog.due = math.inf
 
     def finish(self) -> ChildResult:
         """Close its input, give it `GRACE_S`, end its group, and say how it ended."""
         with contextlib.suppress(BrokenPipeError):
             self.requests.close()
         ended, peak = _watched(self._process.pid, GRACE_S)
+        self._watchdog.close()
         status = _reap(self._process)
         self.answers.close()
         return ChildResult(
             status=status if status >= 0 else None,
             signal=signal.Signals(-status).name if status < 0 else None,
-            timed_out=not ended,
+            timed_out=self.overdue or not ended,
             seconds=time.monotonic() - self._started,
             peak_rss_bytes=peak,
             log=self.log,
         )
+
+
+class _Watchdog(threading.Thread):
+    """Kills a group when `due` has passed.
+
+    One thread for all limits of a child: a token takes milliseconds, so its limit may cost no more than an assignment.
+    """
+
+    def __init__(self, group: int) -> None:
+        """Watch a group."""
+        super().__init__(daemon=True)
+        self.due = math.inf
+        self.bit = False
+        self._group = group
+        self._closed = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._closed.wait(WATCH_S):
+            if time.monotonic() > self.due:
+                self.bit = True
+                _kill_group(self._group)
+                return
+
+    def close(self) -> None:
+        """Stop watching; after this the group's number may belong to others."""
+        self._closed.set()
+        self.join()
 
 
 def start_child(
@@ -197,6 +247,7 @@ def start_child(
         log=log,
         _process=process,
         _started=time.monotonic(),
+        _watchdog=_Watchdog(process.pid),
     )
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from mbq_export import native
-from mbq_export.native import ChildResult, run_child
+from mbq_export.native import ChildResult, run_child, start_child
+
+SHORT_S = 0.4
+"""Limit of one answer: far more than ``cat`` takes."""
 
 
 def python(tmp_path: Path, code: str, *, timeout_s: float = 30.0, **options: object) -> ChildResult:
@@ -212,3 +215,26 @@ def test_tool_without_a_gpu_means_none(
 def test_no_tool_means_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert native.local_gpu() is None
+
+
+def test_answer_that_never_comes_ends_the_child_and_whoever_it_started(tmp_path: Path) -> None:
+    script = "sleep 600 & echo $!; cat; sleep 600"
+    child = start_child(["sh", "-c", script], log=tmp_path / "log")
+    grandchild = int(child.answers.readline())
+    with child.limited(SHORT_S):
+        assert child.answers.readline() == b""
+    result = child.finish()
+    assert (result.timed_out, result.signal, child.overdue) == (True, "SIGKILL", True)
+    assert not alive(grandchild)
+
+
+def test_answer_in_time_lifts_the_limit(tmp_path: Path) -> None:
+    child = start_child(["cat"], log=tmp_path / "log")
+    for _ in range(3):
+        with child.limited(SHORT_S):
+            child.requests.write(b"said\n")
+            child.requests.flush()
+            assert child.answers.readline() == b"said\n"
+        time.sleep(SHORT_S * 1.5)
+    result = child.finish()
+    assert (result.ok, result.timed_out, child.overdue) == (True, False, False)

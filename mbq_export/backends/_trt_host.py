@@ -24,7 +24,14 @@ from mbq_export.backends._trt_outcome import Story, checked, refusal
 from mbq_export.backends._trt_record import check_fits, read_record
 from mbq_export.backends.base import TensorSpec
 from mbq_export.errors import MachineError
-from mbq_export.native import GRACE_S, LocalGpu, RunningChild, local_gpu, start_child
+from mbq_export.native import (
+    CALL_SECONDS,
+    GRACE_S,
+    LocalGpu,
+    RunningChild,
+    local_gpu,
+    start_child,
+)
 from mbq_export.plugin_library import PluginLibrary, find_plugin_library
 
 NVIDIA: Final = "0x10de"
@@ -45,10 +52,16 @@ class HostedEngine:
     """An engine whose child is running. A decoder with a static cache keeps it in the child."""
 
     def __init__(
-        self, job: Job, record: Mapping[str, Any], child: RunningChild, folder: Any
+        self,
+        job: Job,
+        record: Mapping[str, Any],
+        child: RunningChild,
+        folder: Any,
+        *,
+        timeout_s: float = CALL_SECONDS,
     ) -> None:
         """Take over a child that has been started, and wait until it has loaded the engine."""
-        self._job, self._child, self._folder = job, child, folder
+        self._job, self._child, self._folder, self._timeout_s = job, child, folder, timeout_s
         entry = record["engine"]
         self._inputs, self._outputs = kept_ports(specs(entry["inputs"]), specs(entry["outputs"]))
         self._open = True
@@ -70,12 +83,9 @@ class HostedEngine:
         Raises:
             FormatError: E4102 for feeds of another form.
             BuildError: E6003 if the child dies, E6009 if the engine or the GPU fails.
-            ResourceError: E5005 if the GPU has too little memory.
+            ResourceError: E5005 if the GPU has too little memory, E5006 if it takes longer than its limit.
         """
-        arrays = checked_feeds(self._inputs, feeds, name=self._job.onnx)
-        with contextlib.suppress(Closed):  # the answer's absence says why
-            send(self._child.requests, {"op": "run"}, arrays)
-        return self._answer()
+        return self._answer(checked_feeds(self._inputs, feeds, name=self._job.onnx))
 
     def close(self) -> None:
         """End the child."""
@@ -97,13 +107,20 @@ class HostedEngine:
         """Close the engine."""
         self.close()
 
-    def _answer(self) -> dict[str, NDArray[Any]]:
+    def _answer(self, feeds: Mapping[str, NDArray[Any]] | None = None) -> dict[str, NDArray[Any]]:
+        """Send what it is to run on, if anything, and wait for the answer."""
         try:
-            head, arrays = receive(self._child.answers)
+            with self._child.limited(self._timeout_s):
+                if feeds is not None:
+                    with contextlib.suppress(Closed):  # the answer's absence says why
+                        send(self._child.requests, {"op": "run"}, feeds)
+                head, arrays = receive(self._child.answers)
         except Closed:
             self._open = False
+            ended = self._child.finish()
+            limit = self._timeout_s if self._child.overdue else GRACE_S
             with self._folder:
-                checked(self._job, self._child.finish(), timeout_s=GRACE_S)
+                checked(self._job, ended, timeout_s=limit)
             raise
         if head["kind"]:
             said = Result(
@@ -115,12 +132,19 @@ class HostedEngine:
         return arrays
 
 
-def open_hosted(flavour: str, path: Path, *, session: Sequence[str] = SESSION) -> HostedEngine:
+def open_hosted(
+    flavour: str,
+    path: Path,
+    *,
+    timeout_s: float = CALL_SECONDS,
+    session: Sequence[str] = SESSION,
+) -> HostedEngine:
     """Load an engine in a child.
 
     Args:
         flavour: Which TensorRT.
         path: The engine, inside a bundle.
+        timeout_s: Limit of the load, and of every run; after it the child is ended.
         session: Command line of the child, without the job.
 
     Raises:
@@ -128,7 +152,7 @@ def open_hosted(flavour: str, path: Path, *, session: Sequence[str] = SESSION) -
         FormatError: E4501, E4602 for the engine's files.
         IncompatibleError: E7001, E7002, E7003, E7006 to E7008 if it was built for something else.
         BuildError: E6003, E6008 if TensorRT dies or refuses it all the same.
-        ResourceError: E5005 if the GPU has too little memory.
+        ResourceError: E5005 if the GPU has too little memory, E5006 if the limit has passed.
     """
     gpu = gpu_for(path)
     record = read_record(path)
@@ -139,7 +163,8 @@ def open_hosted(flavour: str, path: Path, *, session: Sequence[str] = SESSION) -
         bundle = path.resolve().parents[3]
         wanted = record["plugin"]["sha256"]
         library = find_plugin_library(bundle=bundle, sms=(gpu.sm,), sha256=wanted)
-    return start(path, record, installed, library, session)
+    job, child, folder = start(path, record, installed, library, session)
+    return HostedEngine(job, record, child, folder, timeout_s=timeout_s)
 
 
 def start(
@@ -148,8 +173,8 @@ def start(
     installed: Installed,
     library: PluginLibrary | None,
     session: Sequence[str] = SESSION,
-) -> HostedEngine:
-    """Start the child of an engine that fits."""
+) -> tuple[Job, RunningChild, Any]:
+    """Start the child of an engine that fits; return it with its job and the job's folder."""
     folder = tempfile.TemporaryDirectory(prefix="mbq-")
     work = Path(folder.name)
     (work / path.name).symlink_to(path.resolve())
@@ -159,7 +184,7 @@ def start(
     job.write()
     environment = _trt_flavour.child_environment(installed, work)
     child = start_child([*session, JOB], log=work / LOG, env=environment, cwd=work)
-    return HostedEngine(job, record, child, folder)
+    return job, child, folder
 
 
 def session_job(name: str, record: Mapping[str, Any], installed: Installed, work: Path) -> Job:

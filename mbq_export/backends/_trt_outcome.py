@@ -247,7 +247,7 @@ def checked(job: Job, child: ChildResult, *, timeout_s: float, logs: Path | None
     if result is not None:
         raise refusal(job, result, story, kept)
     if child.timed_out:
-        raise _timeout(story, timeout_s, kept)
+        raise _timeout(job, story, timeout_s, kept)
     if child.signal is None and not _is_memory(child.tail()):
         raise InternalError(
             "E9001",
@@ -275,11 +275,12 @@ def refusal(job: Job, result: Result, story: Story, kept: str) -> MbqError:
     )
 
 
-def _timeout(story: Story, timeout_s: float, kept: str) -> ResourceError:
+def _timeout(job: Job, story: Story, timeout_s: float, kept: str) -> ResourceError:
+    what = "call of an engine" if job.op == "session" else "engine"
     return ResourceError(
         "E5006",
         f"TensorRT was still in {story.stage} after {timeout_s:g} s and was ended.",
-        why=f"the limit for one engine is {timeout_s:g} s",
+        why=f"the limit for one {what} is {timeout_s:g} s",
         fix=(f"--engine-timeout {4 * timeout_s:g}", _see(kept)),
         context={"logs": kept},
     )

@@ -318,3 +318,4 @@ def main(argv: list[str]) -> NoReturn:
 
 if __name__ == "__main__":
     main(sys.argv)
+        stage("run")

@@ -8,6 +8,7 @@ import typer
 from mbq_export.commands import options
 from mbq_export.commands.console import Console, counted
 from mbq_export.errors import UsageError
+from mbq_export.native import CALL_SECONDS
 
 
 def command(
@@ -36,6 +37,7 @@ def command(
     backend: options.Runner = "ort",
     lowering: options.Lowering = None,
     threads: options.Threads = 0,
+    engine_timeout: options.EngineTimeout = CALL_SECONDS,
     accuracy_level: Annotated[
         int,
         typer.Option(
@@ -108,6 +110,7 @@ def command(
             lowering=lowering or default_lowering(opened),
             threads=threads,
             accuracy_level=accuracy_level,
+            engine_timeout_s=engine_timeout,
         )
         for opened in (Bundle.open(path) for path in bundles)
     ]

@@ -178,6 +178,14 @@ PluginLibraryFile = Annotated[
         show_default=False,
     ),
 ]
+EngineTimeout = Annotated[
+    float,
+    typer.Option(
+        "--engine-timeout",
+        help="Of rtx and trt: seconds until an engine that hangs is ended.",
+        min=1,
+    ),
+]
 Threads = Annotated[
     int, typer.Option("--threads", help="CPU threads; 0 takes all.", min=0, callback=_sensible)
 ]

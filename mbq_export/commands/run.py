@@ -11,6 +11,7 @@ import typer
 from mbq_export.commands import options
 from mbq_export.commands.console import CONTROL, Console
 from mbq_export.errors import FormatError, GateError, MbqError, UsageError
+from mbq_export.native import CALL_SECONDS
 from mbq_export.reading import contained, read_jsonl
 from mbq_export.writing import explained, write_file
 
@@ -68,6 +69,7 @@ def command(
     ] = "auto",
     lowering: options.Lowering = None,
     threads: options.Threads = 0,
+    engine_timeout: options.EngineTimeout = CALL_SECONDS,
 ) -> None:
     """Ask a bundle about pictures.
 
@@ -85,7 +87,7 @@ def command(
         )
     from mbq_export.bundle import Bundle
     from mbq_export.families.pictures import read_picture
-    from mbq_export.runtime import AUTO, TORCH, open_session
+    from mbq_export.runtime import AUTO, TORCH, Tuning, open_session
     from mbq_export.runtime.sampling import Options
 
     if device != AUTO and backend != TORCH:
@@ -107,7 +109,13 @@ def command(
     question = _text_of(prompt or ""), [read_picture(path) for path in image or ()]
     batch = None if jsonl is None else _Batch.open(jsonl, out)
     backend = backend if device == AUTO else f"{TORCH}:{device}"
-    with open_session(opened, backend=backend, lowering=lowering, threads=threads) as session:
+    with open_session(
+        opened,
+        backend=backend,
+        lowering=lowering,
+        threads=threads,
+        tuning=Tuning(engine_timeout_s=engine_timeout),
+    ) as session:
         if batch is not None:
             _answer_batch(console, session, batch, wanted)
         else:

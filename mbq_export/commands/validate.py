@@ -8,6 +8,7 @@ import typer
 
 from mbq_export.commands import options
 from mbq_export.commands.console import Console, counted
+from mbq_export.native import CALL_SECONDS
 
 ALL_TIERS = "structure,numeric,tokens,task"
 
@@ -51,6 +52,7 @@ def command(
         int, typer.Option("--new-tokens", help="Longest free answer.", min=1)
     ] = 32,
     threads: options.Threads = 0,
+    engine_timeout: options.EngineTimeout = CALL_SECONDS,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -81,6 +83,7 @@ def command(
         questions=questions,
         new_tokens=new_tokens,
         threads=threads,
+        engine_timeout_s=engine_timeout,
         tensors=results,
     )
     if samples is not None:

@@ -27,9 +27,10 @@ from mbq_export.evaluate.figures import Load, Run
 from mbq_export.evaluate.telemetry import LoadMeter, MemoryMeter
 from mbq_export.families.inputs import Processor
 from mbq_export.families.locate import family_of, read_config
+from mbq_export.native import CALL_SECONDS
 from mbq_export.progress import Progress, silent
 from mbq_export.report import Report
-from mbq_export.runtime import EMBED, ORT, Session, graph_record, open_session
+from mbq_export.runtime import EMBED, ORT, Session, Tuning, graph_record, open_session
 from mbq_export.runtime.preprocess import open_pictures
 from mbq_export.runtime.sampling import Options
 from mbq_export.runtime.timing import NS_PER_MS, RequestStatistics
@@ -48,6 +49,7 @@ class Contender:
         lowering: Form of the decoder graph.
         threads: CPU threads; 0 takes all.
         accuracy_level: Of ONNX Runtime's 4-bit products; 4 is a variant of its own, not the exact path.
+        engine_timeout_s: Limit of one call of an engine.
     """
 
     bundle: Bundle
@@ -56,6 +58,7 @@ class Contender:
     lowering: str = "qdq"
     threads: int = 0
     accuracy_level: int = 0
+    engine_timeout_s: float = CALL_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,7 +249,9 @@ def _open(contender: Contender, workload: Workload, folder: Path, stack: ExitSta
             backend=contender.backend,
             lowering=contender.lowering,
             threads=contender.threads,
-            accuracy_level=contender.accuracy_level,
+            tuning=Tuning(
+                accuracy_level=contender.accuracy_level, engine_timeout_s=contender.engine_timeout_s
+            ),
         )
     spent = (time.perf_counter_ns() - start) / NS_PER_MS
     stack.enter_context(session)

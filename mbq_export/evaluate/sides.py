@@ -21,7 +21,16 @@ from mbq_export.backends.torch import decoder_engine
 from mbq_export.evaluate.taps import Recorder, tapped_graph, torch_values
 from mbq_export.export.ops import INPUTS_EMBEDS, LOGITS
 from mbq_export.families.base import ANSWER
-from mbq_export.runtime import DECODER, ORACLE, TORCH, Session, graph_record, open_session
+from mbq_export.native import CALL_SECONDS
+from mbq_export.runtime import (
+    DECODER,
+    ORACLE,
+    TORCH,
+    Session,
+    Tuning,
+    graph_record,
+    open_session,
+)
 from mbq_export.runtime.request import Engines, Prepared
 from mbq_export.runtime.sampling import Options
 
@@ -48,6 +57,7 @@ class Setup:
         dtype: Type of its activations, ``fp32`` or ``fp16``.
         threads: CPU threads; 0 takes all.
         accuracy_level: Of ONNX Runtime's 4-bit products; 0 is exact.
+        engine_timeout_s: Limit of one call of an engine.
     """
 
     bundle: Bundle
@@ -56,6 +66,7 @@ class Setup:
     dtype: str = "fp32"
     threads: int = 0
     accuracy_level: int = 0
+    engine_timeout_s: float = CALL_SECONDS
 
     @property
     def name(self) -> str:
@@ -70,7 +81,9 @@ class Setup:
             lowering=self.lowering,
             dtype=self.dtype,
             threads=self.threads,
-            accuracy_level=self.accuracy_level,
+            tuning=Tuning(
+                accuracy_level=self.accuracy_level, engine_timeout_s=self.engine_timeout_s
+            ),
         )
 
 

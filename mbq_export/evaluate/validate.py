@@ -41,6 +41,7 @@ from mbq_export.evaluate.tolerances import (
     QUALITY,
     REFERENCE_PROMPTS,
 )
+from mbq_export.native import CALL_SECONDS
 from mbq_export.progress import Progress, silent
 from mbq_export.report import Check, Measurement, Report, shown
 from mbq_export.runtime import default_lowering, lowerings_of
@@ -78,6 +79,7 @@ class Validation:
         full_precision: Model folder for the quality checks; None leaves them out.
         questions: Most questions of the task tier.
         threads: CPU threads of the tested backend; 0 takes all.
+        engine_timeout_s: Limit of one call of an engine.
         tensors: Folder for the tensors at the first bad place; None writes none.
     """
 
@@ -92,6 +94,7 @@ class Validation:
     full_precision: Path | None = None
     questions: int = 500
     threads: int = 0
+    engine_timeout_s: float = CALL_SECONDS
     tensors: Path | None = None
 
 
@@ -196,6 +199,7 @@ class _Run:
             lowering=chosen.lowering,
             dtype=chosen.dtype,
             threads=chosen.threads,
+            engine_timeout_s=chosen.engine_timeout_s,
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +19,7 @@ from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import FormatError, UsageError
 from mbq_export.families.inputs import Processor
 from mbq_export.families.locate import family_of, read_config
+from mbq_export.native import CALL_SECONDS
 from mbq_export.reading import read_json
 from mbq_export.runtime.host import engine_folder, hosted_engines
 from mbq_export.runtime.preprocess import HostMerge
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Session",
+    "Tuning",
     "default_lowering",
     "graph_record",
     "lowerings_of",
@@ -59,6 +62,19 @@ ISOLATED: Final = ("rtx", "trt")
 """Backends that run engines, each in a process of its own."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """What only some backends know.
+
+    Attributes:
+        accuracy_level: Of ONNX Runtime's 4-bit products: 0 exact, 4 int8 activations (fast, not exact).
+        engine_timeout_s: Limit of one call of an engine of ``rtx`` or ``trt``, after which its process is ended.
+    """
+
+    accuracy_level: int = 0
+    engine_timeout_s: float = CALL_SECONDS
+
+
 def open_session(
     bundle: Bundle,
     *,
@@ -66,7 +82,7 @@ def open_session(
     lowering: str | None = None,
     dtype: str = "fp32",
     threads: int = 0,
-    accuracy_level: int = 0,
+    tuning: Tuning | None = None,
 ) -> Session:
     """Load the graphs of a bundle.
 
@@ -77,7 +93,7 @@ def open_session(
         lowering: Form of the decoder graph, None for `default_lowering`; only ``ort`` runs graphs.
         dtype: ``fp32`` or ``fp16`` of the graphs of ``ort``.
         threads: CPU threads; 0 takes all that this process may use. torch has its own setting.
-        accuracy_level: Of ONNX Runtime's 4-bit products: 0 exact, 4 int8 activations (fast, not exact).
+        tuning: What some backends know beside that.
 
     Raises:
         UsageError: E2001 if the bundle has no such graph, or there is no such backend or device.
@@ -90,15 +106,17 @@ def open_session(
     processor = Processor.from_folder(bundle.checkpoint_folder, family)
     longest = family.text_shape(config).max_positions
     limit = bundle.manifest.get("limits", {}).get("max_context") or longest
-    name = backend
+    name, tuning = backend, tuning or Tuning()
     if backend in ISOLATED:
         folder = engine_folder(bundle, backend)
         embed = graph_record(bundle, EMBED, dtype="fp16")["file"]
-        engines = hosted_engines(folder, backend, embed=bundle.onnx / embed)
+        engines = hosted_engines(
+            folder, backend, embed=bundle.onnx / embed, timeout_s=tuning.engine_timeout_s
+        )
         newline = TensorFile(bundle.onnx / HOST_TENSORS).array(NEWLINE)
     elif runs_graphs(backend):
         lowering = lowering or default_lowering(bundle)
-        engines = _graphs(bundle, _opener(backend, threads, accuracy_level), lowering, dtype)
+        engines = _graphs(bundle, _opener(backend, threads, tuning.accuracy_level), lowering, dtype)
         newline, name = TensorFile(bundle.onnx / HOST_TENSORS).array(NEWLINE), f"{name}:{lowering}"
     else:
         checkpoint = _checkpoint(bundle)

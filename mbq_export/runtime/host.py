@@ -9,13 +9,14 @@ A decoder's cache stays on the device; embeddings, positions and logits cross a 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from mbq_export.backends import BACKENDS
-from mbq_export.backends._trt_host import gpu_for
+from mbq_export.backends._trt_host import gpu_for, open_hosted
 from mbq_export.backends._trt_record import ENGINE_RECORD
 from mbq_export.backends.ort import open_graph
 from mbq_export.errors import UsageError
+from mbq_export.native import CALL_SECONDS
 from mbq_export.reading import read_json
 from mbq_export.runtime.request import Engines
 
@@ -28,19 +29,22 @@ DECODER: Final = "decoder.engine"
 VISION: Final = "vision.engine"
 
 
-def hosted_engines(folder: Path, backend: str, *, embed: Path) -> Engines:
+def hosted_engines(
+    folder: Path, backend: str, *, embed: Path, timeout_s: float = CALL_SECONDS
+) -> Engines:
     """Load the engines of a folder.
 
     Args:
         folder: As `engine_folder` chooses it.
         backend: ``trt`` or ``rtx``.
         embed: Graph of the embedding, which is a table and no engine.
+        timeout_s: Limit of one call.
 
     Raises:
         MachineError: E30xx if this machine cannot run one.
         IncompatibleError: E70xx if they were built for something else.
     """
-    load = BACKENDS[backend].open
+    load = partial(open_hosted, backend, timeout_s=timeout_s)
     with ExitStack() as opened:
         engines = Engines(
             vision=opened.enter_context(load(folder / VISION)),

@@ -9,6 +9,7 @@ that sums what is in its cache, so that a wrong slot, mask, alias or sequence gi
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -21,6 +22,8 @@ from mbq_export.backends import _trt_session
 from mbq_export.backends._trt_cuda import Cuda
 
 HIDDEN, SLOTS, CHUNK, VOCABULARY = 4, 16, 3, 2
+HANGING_S = 600
+"""As good as for ever: tests end long before."""
 CACHE = (1, 1, SLOTS, HIDDEN)
 
 INPUTS: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -252,7 +255,7 @@ def decoder(
 
 
 def child(what: str) -> None:
-    """Be the child of a session that holds the double; ``what`` may tell it to die or to fail."""
+    """Be the child of a session that holds the double; ``what`` may tell it to die, to fail or to hang."""
     cuda = RecordedCuda(fails={"cuMemAlloc_v2": 2} if what == "memory" else {})
 
     def load(job: Any) -> Any:
@@ -263,6 +266,10 @@ def child(what: str) -> None:
     _trt_session.Cuda = lambda: Cuda(cuda)  # type: ignore[misc,assignment]
     _trt_session.main(["", "job.json"])
 
+    if what == "never-loads":
+        _trt_session.load_engine = lambda *_: time.sleep(HANGING_S)  # type: ignore[assignment]
+    if what == "never-reads":
+        _trt_session.serve = lambda *_: time.sleep(HANGING_S)  # type: ignore[assignment]
 
 def replace_compute(trt: Any, what: str) -> Any:
     """Make the engine's run end the process."""
@@ -273,3 +280,5 @@ def replace_compute(trt: Any, what: str) -> Any:
 
 if __name__ == "__main__":
     child(sys.argv[1])
+    if what == "hang":
+        Context._compute = lambda _: time.sleep(HANGING_S)  # type: ignore[method-assign,assignment]

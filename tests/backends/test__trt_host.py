@@ -4,7 +4,9 @@ The children here hold `recorded_tensorrt`, a double; the processes, pipes and s
 """
 
 import json
+import signal
 import sys
+import time
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +19,7 @@ from mbq_export.backends import _tensorrt, _trt_host
 from mbq_export.backends._trt_flavour import FLAVOURS, Installed
 from mbq_export.backends.base import TensorSpec
 from mbq_export.errors import MbqError
-from mbq_export.native import LocalGpu
+from mbq_export.native import GRACE_S, LocalGpu
 from mbq_export.runtime.kv_cache import DecoderPorts
 from tests.backends import recorded_tensorrt as double
 
@@ -59,9 +61,17 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tensorrt, "installed_flavour", lambda _: TRT)
 
 
-def opened(path: Path, what: str = "works") -> _trt_host.HostedEngine:
+LOADING_S = 60.0
+"""More than a busy machine takes to import numpy and answer."""
+LIMIT_S = 0.5
+"""Far more than the double takes to answer, far less than it hangs."""
+
+
+def opened(
+    path: Path, what: str = "works", *, timeout_s: float = LOADING_S
+) -> _trt_host.HostedEngine:
     session = (sys.executable, "-m", "tests.backends.recorded_tensorrt", what)
-    return _trt_host.open_hosted("trt", path, session=session)
+    return _trt_host.open_hosted("trt", path, session=session, timeout_s=timeout_s)
 
 
 def refusal(path: Path, what: str = "works") -> MbqError:
@@ -107,6 +117,51 @@ def test_child_that_dies_names_the_signal(tmp_path: Path) -> None:
         engine.run(feeds(1, 0))
     assert (error.value.code, error.value.exit_status) == ("E6003", 6)
     engine.close()
+
+
+def hanging(path: Path, what: str) -> _trt_host.HostedEngine:
+    """An engine that loads as others do, and whose next call has little time."""
+    engine = opened(path, what)
+    engine._timeout_s = LIMIT_S
+    return engine
+
+
+def check_hang(error: MbqError, stage: str, started: float) -> None:
+    assert (error.code, error.exit_status) == ("E5006", 5)
+    assert error.message == f"TensorRT was still in {stage} after {LIMIT_S:g} s and was ended."
+    assert error.why == f"the limit for one call of an engine is {LIMIT_S:g} s"
+    assert error.fix[0] == "--engine-timeout 2"
+    assert time.monotonic() - started < GRACE_S
+
+
+@pytest.mark.parametrize(("what", "tokens"), [("hang", 1), ("never-reads", 50_000)])
+def test_run_that_hangs_is_ended_with_its_child(tmp_path: Path, what: str, tokens: int) -> None:
+    """One child never answers; the other never reads, so that even asking would take for ever."""
+    engine = hanging(engine_file(tmp_path), what)
+    child, folder = engine._child, Path(engine._folder.name)
+    started = time.monotonic()
+    asked = {**feeds(1, 0), "inputs_embeds": np.ones((1, tokens, double.HIDDEN), np.float32)}
+    asked["position_ids"] = np.arange(tokens)[None]
+    with pytest.raises(MbqError) as error:
+        engine.run(asked)
+    check_hang(error.value, "run", started)
+    assert child._process.returncode == -signal.SIGKILL
+    assert not folder.exists()
+    engine.close()
+
+
+def test_engine_that_never_loads_is_ended(tmp_path: Path) -> None:
+    # The child must have begun to load before the limit, or another stage would be named.
+    with pytest.raises(MbqError, match="was still in load after 8 s") as error:
+        opened(engine_file(tmp_path), "never-loads", timeout_s=8)
+    assert (error.value.code, error.value.exit_status) == ("E5006", 5)
+
+
+def test_limit_is_of_each_call_and_not_of_all(tmp_path: Path) -> None:
+    with hanging(engine_file(tmp_path), "works") as engine:
+        for at in range(3):
+            time.sleep(LIMIT_S / 2)
+            assert float(engine.run(feeds(1, at))["logits"][0, 0, 0]) == 4.0 * (at + 1)
 
 
 def test_too_little_memory_is_told_at_the_start(tmp_path: Path) -> None:

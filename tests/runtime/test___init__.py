@@ -27,6 +27,7 @@ from mbq_export.runtime import (
     RECORD,
     VISION,
     Session,
+    Tuning,
     default_lowering,
     graph_record,
     lowerings_of,
@@ -138,7 +139,7 @@ def test_a_static_half_precision_cache_follows_the_oracle(subject: Subject) -> N
 def test_the_fast_level_is_a_variant_of_its_own(subject: Subject) -> None:
     inputs = subject.oracle.processor.inputs(PROMPTS[0], pictures(1))
     wanted = logits(subject.oracle, inputs)
-    with open_session(subject.bundle, threads=1, accuracy_level=4) as fast:
+    with open_session(subject.bundle, threads=1, tuning=Tuning(accuracy_level=4)) as fast:
         assert 1e-4 < relative(fast.teacher_forced(inputs), wanted) < 0.1
 
 
