@@ -310,6 +310,7 @@ def main(argv: list[str]) -> NoReturn:
         details = list(refused.details)
         send(answers, {"kind": refused.kind, "message": refused.message, "details": details}, {})
     else:
+        stage("run")
         send(answers, {"kind": ""}, {})
         serve(run, sys.stdin.buffer, answers)
     sys.stdout.flush()
@@ -318,4 +319,3 @@ def main(argv: list[str]) -> NoReturn:
 
 if __name__ == "__main__":
     main(sys.argv)
-        stage("run")

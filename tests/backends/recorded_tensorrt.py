@@ -21,9 +21,9 @@ import numpy as np
 from mbq_export.backends import _trt_session
 from mbq_export.backends._trt_cuda import Cuda
 
-HIDDEN, SLOTS, CHUNK, VOCABULARY = 4, 16, 3, 2
 HANGING_S = 600
 """As good as for ever: tests end long before."""
+HIDDEN, SLOTS, CHUNK, VOCABULARY = 4, 16, 3, 2
 CACHE = (1, 1, SLOTS, HIDDEN)
 
 INPUTS: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -257,6 +257,10 @@ def decoder(
 def child(what: str) -> None:
     """Be the child of a session that holds the double; ``what`` may tell it to die, to fail or to hang."""
     cuda = RecordedCuda(fails={"cuMemAlloc_v2": 2} if what == "memory" else {})
+    if what == "never-loads":
+        _trt_session.load_engine = lambda *_: time.sleep(HANGING_S)  # type: ignore[assignment]
+    if what == "never-reads":
+        _trt_session.serve = lambda *_: time.sleep(HANGING_S)  # type: ignore[assignment]
 
     def load(job: Any) -> Any:
         os.write(1, b"printed by a library\n")
@@ -266,19 +270,15 @@ def child(what: str) -> None:
     _trt_session.Cuda = lambda: Cuda(cuda)  # type: ignore[misc,assignment]
     _trt_session.main(["", "job.json"])
 
-    if what == "never-loads":
-        _trt_session.load_engine = lambda *_: time.sleep(HANGING_S)  # type: ignore[assignment]
-    if what == "never-reads":
-        _trt_session.serve = lambda *_: time.sleep(HANGING_S)  # type: ignore[assignment]
 
 def replace_compute(trt: Any, what: str) -> Any:
     """Make the engine's run end the process."""
     if what == "die":
         Context._compute = lambda _: ctypes.string_at(0)  # type: ignore[method-assign,assignment]
+    if what == "hang":
+        Context._compute = lambda _: time.sleep(HANGING_S)  # type: ignore[method-assign,assignment]
     return trt
 
 
 if __name__ == "__main__":
     child(sys.argv[1])
-    if what == "hang":
-        Context._compute = lambda _: time.sleep(HANGING_S)  # type: ignore[method-assign,assignment]
