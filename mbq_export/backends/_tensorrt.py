@@ -213,6 +213,8 @@ def _one_engine(
         job = _job("build", installed, Path(work), graph, request)
         _lay_out(job, request)
         outcome = run_job(job, installed, timeout_s=request.timeout_s, worker=worker, logs=logs)
+        for note in outcome.result.notes:
+            logger.warning("engine %s: %s", graph.name, note)
         for warning in Story.read(outcome.workdir / LOG).warnings:
             level = logging.INFO if REMINDER in warning else logging.WARNING
             logger.log(level, "tensorrt: %s", warning)

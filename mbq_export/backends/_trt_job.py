@@ -105,6 +105,7 @@ class Result:
         kind: Empty for success, else which check said no: ``trt-parse``, ``onnx-empty``, ...
         message: One sentence about it.
         details: TensorRT's own words.
+        notes: What did not go as asked and is no failure.
         version: Version the library reports.
         devices: Devices it can build for.
         network_layers: Layers after the parse.
@@ -118,6 +119,7 @@ class Result:
     kind: str = ""
     message: str = ""
     details: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     version: str = ""
     devices: tuple[str, ...] = ()
     network_layers: int = 0
@@ -142,7 +144,7 @@ class Result:
             fields = json.loads((workdir / RESULT).read_bytes())
             if fields.pop("schema") != SCHEMA:
                 return None
-            tuples = {key: tuple(fields[key]) for key in ("details", "devices")}
+            tuples = {key: tuple(fields[key]) for key in ("details", "devices", "notes")}
             return cls(**{**fields, **tuples})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None

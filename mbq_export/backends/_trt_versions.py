@@ -61,15 +61,23 @@ def set_flags(trt: Any, config: Any, wanted: tuple[str, ...]) -> None:
         config.set_flag(flag)
 
 
-def read_timing_cache(config: Any, file: Path) -> None:
-    """Begin with the times in a file, or with none.
+def read_timing_cache(config: Any, file: Path) -> str:
+    """Begin with the times in a file, or with none: old times save time and decide nothing else.
+
+    Returns:
+        Why the file is not used; empty if it is, or if there is none.
 
     Raises:
-        Refused: ``trt-option`` if they are of another version or device.
+        Refused: ``trt-option`` if not even an empty cache is taken.
     """
-    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
-    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-        raise Refused("trt-option", "The timing cache is of another version or device.")
+    data = file.read_bytes() if file.is_file() else b""
+    unused = ""
+    for content in (data, b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return unused
+        unused = "it is damaged" if cache is None else "it is of another version or device"
+    raise Refused("trt-option", "TensorRT takes no timing cache, not even an empty one.")
 
 
 def write_timing_cache(config: Any, file: Path) -> None:

@@ -53,6 +53,8 @@ def build(trt: Any, job: Job) -> Result:
     stage("build")
     started = time.monotonic()
     config = _configured(trt, job, builder, network)
+    if job.timing_cache and (why := _trt_versions.read_timing_cache(config, Path(TIMES))):
+        result = result.having(notes=(f"The timing cache is not used: {why}.",))
     plan = builder.build_serialized_network(network, config)
     if plan is None or not plan.nbytes:
         raise Refused("trt-build", "The builder returned no engine.")
@@ -203,8 +205,6 @@ def _configured(trt: Any, job: Job, builder: Any, network: Any) -> Any:
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_mib << 20)
     _trt_versions.set_devices(trt, config, job.cc)
     _trt_versions.set_flags(trt, config, job.flags)
-    if job.timing_cache:
-        _trt_versions.read_timing_cache(config, Path(TIMES))
     profile = builder.create_optimization_profile()
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
     for tensor in (each for each in tensors if -1 in tuple(each.shape)):

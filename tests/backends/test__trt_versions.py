@@ -58,7 +58,7 @@ def test_same_job_builds_with_both_majors(tmp_path: Path, major: int) -> None:
     assert said["library"] == PLUGINS
     assert said["profile"] == SHAPES
     assert said["workspace"] == 256 << 20
-    assert "cache" not in said
+    assert "caches" not in said
     assert "flags" not in said
 
 
@@ -74,17 +74,38 @@ def test_flag_that_a_version_lacks_is_an_option_that_does_not_fit(tmp_path: Path
     assert error.value.kind == "trt-option"
 
 
-def test_times_of_a_build_are_read_and_written(tmp_path: Path) -> None:
-    (tmp_path / TIMES).write_bytes(b"earlier")
-    _, said = built(10, tmp_path, timing_cache=True)
-    assert said["cache"] == (b"earlier", False)
-    assert (tmp_path / TIMES).read_bytes() == b"measured"
+@pytest.mark.parametrize("times", [None, b"earlier;"])
+def test_times_of_a_build_are_read_and_written(tmp_path: Path, times: bytes | None) -> None:
+    if times is not None:
+        (tmp_path / TIMES).write_bytes(times)
+    result, said = built(10, tmp_path, timing_cache=True)
+    assert said["caches"] == [(times or b"", False)]
+    assert (tmp_path / TIMES).read_bytes() == (times or b"") + b"measured;"
+    assert result.notes == ()
 
 
-def test_times_of_another_device_are_refused(tmp_path: Path) -> None:
-    (tmp_path / TIMES).write_bytes(b"of another device")
-    with pytest.raises(Refused, match="another version or device") as error:
-        built(10, tmp_path, timing_cache=True)
+@pytest.mark.parametrize(
+    ("times", "why", "asked"),
+    [
+        (double.DAMAGED, "it is damaged", 1),
+        (double.FOREIGN, "it is of another version or device", 2),
+    ],
+)
+def test_times_that_do_not_fit_are_told_and_measured_again(
+    tmp_path: Path, times: bytes, why: str, asked: int
+) -> None:
+    (tmp_path / TIMES).write_bytes(times)
+    result, said = built(10, tmp_path, timing_cache=True)
+    assert result.notes == (f"The timing cache is not used: {why}.",)
+    assert len(said["caches"]) == asked
+    assert said["caches"][-1] == (b"", False)
+    assert (tmp_path / TIMES).read_bytes() == b"measured;"
+
+
+def test_builder_without_any_timing_cache_is_an_option_that_does_not_fit() -> None:
+    config = SimpleNamespace(create_timing_cache=lambda _: None)
+    with pytest.raises(Refused, match="not even an empty one") as error:
+        _trt_versions.read_timing_cache(config, Path(TIMES))
     assert error.value.kind == "trt-option"
 
 
