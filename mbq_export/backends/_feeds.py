@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
+from mbq_export.backends._dtypes import dtype_of, is_float
 from mbq_export.backends.base import TensorSpec
 from mbq_export.errors import FormatError
 
@@ -32,12 +32,13 @@ def checked_feeds(
             isinstance(size, str) or size == found
             for size, found in zip(spec.shape, value.shape, strict=True)
         )
-        if value.dtype != spec.dtype:
-            fits &= value.dtype.kind == "f" and np.dtype(spec.dtype).kind == "f"
+        wanted = dtype_of(spec.dtype)
+        if value.dtype != wanted:
+            fits &= is_float(value.dtype) and is_float(wanted)
         if not fits:
             found = f"{value.dtype} {list(value.shape)}"
             raise _misfit(name, spec.name, found, f"{spec.dtype} {list(spec.shape)}")
-        checked[spec.name] = value.astype(spec.dtype, copy=False)
+        checked[spec.name] = value.astype(wanted, copy=False)
     return checked
 
 

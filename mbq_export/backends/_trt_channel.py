@@ -13,8 +13,10 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from mbq_export.backends._dtypes import dtype_of
+
 LONGEST_HEADER: Final = 1 << 16
-DTYPES: Final = frozenset({"float16", "float32", "int32", "int64", "int8", "bool"})
+DTYPES: Final = frozenset({"float16", "bfloat16", "float32", "int32", "int64", "int8", "bool"})
 ARRAYS: Final = "arrays"
 
 
@@ -59,8 +61,9 @@ def receive(file: BinaryIO) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
 def _array(file: BinaryIO, dtype: str, shape: list[int]) -> NDArray[Any]:
     if dtype not in DTYPES:
         raise ValueError(dtype)
-    size = math.prod(shape) * np.dtype(dtype).itemsize
+    found = dtype_of(dtype)
+    size = math.prod(shape) * found.itemsize
     data = file.read(size)
     if len(data) < size:
         raise ValueError("short")
-    return np.frombuffer(data, dtype).reshape(shape)
+    return np.frombuffer(data, found).reshape(shape)

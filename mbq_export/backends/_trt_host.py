@@ -203,7 +203,7 @@ def session_job(name: str, record: Mapping[str, Any], installed: Installed, work
         plugin_layers=dict.fromkeys(expected, ()),
         inputs=tuple(each["name"] for each in entry["inputs"]),
         outputs=tuple(each["name"] for each in entry["outputs"]),
-        shapes={each["name"]: each["shape"] for each in entry["outputs"]},
+        shapes={each["name"]: each["shape"] for each in (*entry["inputs"], *entry["outputs"])},
         profile={name: tuple(map(tuple, s)) for name, s in entry["profiles"][0].items()},
         flags=("WEIGHT_STREAMING",) if entry["weight_streaming"] else (),
     )

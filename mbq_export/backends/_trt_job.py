@@ -51,7 +51,7 @@ class Job:
         onnx: Graph file, or engine file of a session.
         inputs: Input names of the contract.
         outputs: Output names of the contract.
-        shapes: Shape of each output, sizes that vary as symbols; for a session.
+        shapes: Shape of each input and output, sizes that vary as symbols; for a session.
         profile: Shapes of the single profile.
         cc: Devices to build for, as ``SM89``; none for the GPU of this machine.
         flags: Builder flags, by name.

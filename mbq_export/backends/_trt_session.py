@@ -51,7 +51,7 @@ class LoadedEngine:
         cuda: The device.
         engine: What was deserialised.
         context: What runs it.
-        largest: Largest shape of every tensor with sizes that vary, from the profile.
+        largest: Largest shape of every input and output.
         buffers: By tensor name, in the engine's order.
         recorded: Recorded graph by the shapes it was recorded with; 0 where recording failed.
         seen: Shapes that were run before: recording begins with the second run, when all is warm.
@@ -75,7 +75,7 @@ class LoadedEngine:
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
         for name in names:
             alias = self._alias(name, names)
-            dtype = np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name)))
+            dtype = _trt_versions.array_type(self.trt, self.engine.get_tensor_dtype(name))
             shape = self.largest.get(name, tuple(self.engine.get_tensor_shape(name)))
             size = math.prod(abs(each) for each in shape) * dtype.itemsize
             address = self.buffers[alias].address if alias else self.cuda.allocate(size)
@@ -246,21 +246,51 @@ def load_engine(trt: Any, job: Job, cuda: Cuda) -> LoadedEngine:
     context = engine.create_execution_context()
     if context is None:
         raise Refused("gpu-memory", "TensorRT made no context for the engine.")
-    largest = {name: tuple(shapes[-1]) for name, shapes in job.profile.items()}
     loaded_engine = LoadedEngine(
-        trt=trt, cuda=cuda, engine=engine, context=context, largest=largest
+        trt=trt, cuda=cuda, engine=engine, context=context, largest=largest_shapes(job)
     )
     loaded_engine.bind()
     return loaded_engine
 
 
-def runner_of(engine: LoadedEngine, outputs: Mapping[str, list[Any]]) -> Callable[..., Any]:
+def largest_shapes(job: Job) -> dict[str, tuple[int, ...]]:
+    """Largest shape of every input, from the profile, and of every output, whose symbols the inputs have."""
+    inputs = {name: tuple(shapes[-1]) for name, shapes in job.profile.items()}
+    outputs = resolved({name: job.shapes[name] for name in job.outputs}, job.shapes, inputs)
+    return inputs | outputs
+
+
+def resolved(
+    wanted: Mapping[str, list[Any]],
+    symbols: Mapping[str, list[Any]],
+    found: Mapping[str, tuple[int, ...]],
+) -> dict[str, tuple[int, ...]]:
+    """Replace the symbols in shapes.
+
+    Args:
+        wanted: Shapes with symbols for sizes that vary.
+        symbols: The inputs' shapes, with the same symbols.
+        found: The inputs' shapes as numbers.
+    """
+    sizes = {
+        symbol: size
+        for name, shape in found.items()
+        for symbol, size in zip(symbols[name], shape, strict=True)
+    }
+    return {
+        name: tuple(sizes[each] if isinstance(each, str) else each for each in shape)
+        for name, shape in wanted.items()
+    }
+
+
+def runner_of(engine: LoadedEngine, job: Job) -> Callable[..., Any]:
     """What answers ``run``: a decoder that keeps its cache, or the engine as it is.
 
     Args:
         engine: The engine.
-        outputs: Shape of every output; a size that varies is the first input's.
+        job: Has the shape of every input and output, sizes that vary as symbols.
     """
+    outputs = {name: job.shapes[name] for name in job.outputs}
     if WRITE in engine.buffers:
         logits = next(name for name in outputs if not name.startswith("present."))
         return KeptDecoder(
@@ -272,12 +302,8 @@ def runner_of(engine: LoadedEngine, outputs: Mapping[str, list[Any]]) -> Callabl
         ).run
 
     def run(feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        rows = next(iter(feeds.values())).shape[0]
-        shapes = {
-            name: tuple(rows if isinstance(size, str) else size for size in shape)
-            for name, shape in outputs.items()
-        }
-        return engine.run(feeds, shapes)
+        given = {name: array.shape for name, array in feeds.items()}
+        return engine.run(feeds, resolved(outputs, job.shapes, given))
 
     return run
 
@@ -305,7 +331,7 @@ def main(argv: list[str]) -> NoReturn:
         stage("load")
         trt = loaded(job)
         engine = load_engine(trt, job, Cuda())
-        run = runner_of(engine, job.shapes)
+        run = runner_of(engine, job)
     except Refused as refused:
         details = list(refused.details)
         send(answers, {"kind": refused.kind, "message": refused.message, "details": details}, {})

@@ -8,7 +8,10 @@ the lean runtimes have (`tests/backends/recorded_tensorrt.py`) and TensorRT for 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mbq_export.backends._trt_job import Refused
+from mbq_export.tensor_file import BFLOAT16
 
 
 def network_flags(trt: Any) -> int:
@@ -97,6 +100,13 @@ def set_streaming_budget(engine: Any, budget: int) -> None:
     """Set how many bytes of weights stay on the device; 11 has only the name with ``v2``, 10.3 may lack it."""
     name = "weight_streaming_budget_v2"
     setattr(engine, name if hasattr(engine, name) else "weight_streaming_budget", budget)
+
+
+def array_type(trt: Any, dtype: Any) -> np.dtype[Any]:
+    """Element type of arrays for a tensor; the bindings know none for bfloat16 and raise TypeError there."""
+    if dtype == getattr(trt.DataType, "BF16", None):
+        return BFLOAT16
+    return np.dtype(trt.nptype(dtype))
 
 
 def aliased_input(engine: Any, output: str) -> str | None:

@@ -20,7 +20,7 @@ from mbq_export.families.base import ModelFamily, TextShape
 from mbq_export.report import nullable
 
 HALF_BYTES: Final = 2
-ITEM_BYTES: Final = {"fp32": 4, "fp16": 2}
+ITEM_BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2}
 BITS_PER_BYTE: Final = 8
 
 

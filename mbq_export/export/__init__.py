@@ -154,7 +154,7 @@ def check_forms(checkpoint: QuantCheckpoint, forms: tuple[GraphForm, ...], *, lo
             )
         profile_for(form)
         lowering = LOWERINGS[form.lowering]
-        reason = None
+        reason, scheme = None, None
         if checkpoint.scheme_name != KEPT:
             scheme = SCHEMES[checkpoint.scheme_name]
             reason = lowering.supports(scheme, form.target)
@@ -166,12 +166,17 @@ def check_forms(checkpoint: QuantCheckpoint, forms: tuple[GraphForm, ...], *, lo
                 why="a lowering has a form for some schemes and targets only",
                 fix="choose another --lowering",
             )
-        if form.dtype not in lowering.dtypes:
+        misfit = lowering.misfit(scheme, form.target, form.dtype)
+        if misfit is not None:
             raise UsageError(
                 "E2002",
                 f"Lowering {form.lowering} is not written in {form.dtype}.",
-                why=f"it exists in {', '.join(lowering.dtypes)}",
-                fix=tuple(f"--dtype {dtype}" for dtype in lowering.dtypes),
+                why=misfit,
+                fix=tuple(
+                    f"--dtype {dtype}"
+                    for dtype in lowering.dtypes
+                    if lowering.misfit(scheme, form.target, dtype) is None
+                ),
             )
     names = [form.file_name for form in forms]
     if len(set(names)) < len(names):

@@ -21,7 +21,7 @@ from mbq_export.families.inputs import Processor
 from mbq_export.families.locate import family_of, read_config
 from mbq_export.native import CALL_SECONDS
 from mbq_export.reading import read_json
-from mbq_export.runtime.host import engine_folder, hosted_engines
+from mbq_export.runtime.host import engine_dtype, engine_folder, hosted_engines
 from mbq_export.runtime.preprocess import HostMerge
 from mbq_export.runtime.request import Engines, Model
 from mbq_export.runtime.session import Session
@@ -109,7 +109,7 @@ def open_session(
     name, tuning = backend, tuning or Tuning()
     if backend in ISOLATED:
         folder = engine_folder(bundle, backend)
-        embed = graph_record(bundle, EMBED, dtype="fp16")["file"]
+        embed = graph_record(bundle, EMBED, dtype=engine_dtype(folder))["file"]
         engines = hosted_engines(
             folder, backend, embed=bundle.onnx / embed, timeout_s=tuning.engine_timeout_s
         )

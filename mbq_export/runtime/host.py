@@ -1,9 +1,9 @@
 """The engines of a bundle that fit this machine, each in a process of its own; the rest of a session is as ever.
 
-    vision.engine, decoder.engine ── child each ──► Engine          embed_tokens ── ONNX Runtime ──► Engine
+    vision.engine, decoder.engine ── child each ──► Engine          embed_tokens ── mapped file ──► rows
 
-A decoder's cache stays on the device; embeddings, positions and logits cross a pipe. Nothing here has run on a GPU yet
-(docs/verification.md).
+Embeddings are looked up on the host, unless the bundle was built with an engine for that. A decoder's cache stays on
+the device; embeddings, positions and logits cross a pipe. Nothing here has run on a GPU yet (docs/verification.md).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from mbq_export.backends._table import open_table
 from mbq_export.backends._trt_host import gpu_for, open_hosted
 from mbq_export.backends._trt_record import ENGINE_RECORD
-from mbq_export.backends.ort import open_graph
 from mbq_export.errors import UsageError
 from mbq_export.native import CALL_SECONDS
 from mbq_export.reading import read_json
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 DECODER: Final = "decoder.engine"
 VISION: Final = "vision.engine"
+EMBED: Final = "embed.engine"
+DTYPES: Final = {"float16": "fp16", "bfloat16": "bf16"}
+"""Name of a graph's type by that of its tensors."""
 
 
 def hosted_engines(
@@ -37,7 +40,7 @@ def hosted_engines(
     Args:
         folder: As `engine_folder` chooses it.
         backend: ``trt`` or ``rtx``.
-        embed: Graph of the embedding, which is a table and no engine.
+        embed: Graph of the embedding, whose table is read where the folder has no engine of it.
         timeout_s: Limit of one call.
 
     Raises:
@@ -46,10 +49,11 @@ def hosted_engines(
     """
     load = partial(open_hosted, backend, timeout_s=timeout_s)
     with ExitStack() as opened:
+        hosted = (folder / EMBED).stem in _record(folder / ENGINE_RECORD)["engines"]
         engines = Engines(
             vision=opened.enter_context(load(folder / VISION)),
             decoder=opened.enter_context(load(folder / DECODER)),
-            embed=open_graph(embed),
+            embed=opened.enter_context(load(folder / EMBED) if hosted else open_table(embed)),
         )
         opened.pop_all()
     return engines
@@ -77,6 +81,12 @@ def engine_folder(bundle: Bundle, backend: str) -> Path:
         )
     sm = f"sm{gpu_for(folders[0] / DECODER).sm}"
     return next((place for place in folders if sm in records[place]["sm"]), folders[0])
+
+
+def engine_dtype(folder: Path) -> str:
+    """Type of the activations of a folder's engines: ``fp16`` or ``bf16``."""
+    inputs = _record(folder / ENGINE_RECORD)["engines"][DECODER.partition(".")[0]]["inputs"]
+    return DTYPES[inputs[0]["dtype"]]
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from mbq_export.errors import FormatError
 from mbq_export.families.base import Config, ModelFamily
 from mbq_export.families.inputs import ModelInputs
 from mbq_export.families.pictures import read_picture
+from mbq_export.tensor_file import BFLOAT16
 
 
 def open_pictures(paths: tuple[Path, ...] | list[Path]) -> list[Image.Image]:
@@ -59,8 +60,10 @@ class HostMerge:
         Raises:
             FormatError: E4204 if image tokens and rows differ in number.
         """
+        # Pictures are shrunk with float arithmetic, which numpy does not define for bfloat16 throughout.
+        wide = features.astype(np.float32) if features.dtype == BFLOAT16 else features
         rows = self.family.merge_images(
-            features,
+            wide,
             image_sizes=inputs.image_sizes,
             tiles_per_image=inputs.tiles_per_image,
             newline=self.newline,

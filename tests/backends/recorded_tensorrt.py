@@ -20,6 +20,7 @@ import numpy as np
 
 from mbq_export.backends import _trt_session
 from mbq_export.backends._trt_cuda import Cuda
+from mbq_export.tensor_file import BFLOAT16
 
 HANGING_S = 600
 """As good as for ever: tests end long before."""
@@ -228,13 +229,21 @@ class Runtime:
         return Engine(self.cuda) if data == b"engine" else None
 
 
+def nptype(dtype: Any) -> Any:
+    """Types are numpy's own here; of bfloat16 the bindings say this."""
+    if dtype == BFLOAT16:
+        raise TypeError("Could not resolve TensorRT datatype to an equivalent numpy datatype.")
+    return dtype
+
+
 def module(cuda: RecordedCuda) -> Any:
     """The module, as the child would have imported it."""
     return SimpleNamespace(
         Logger=Logger,
         Runtime=lambda _logger: Runtime(cuda),
         TensorIOMode=TensorIOMode,
-        nptype=lambda dtype: dtype,
+        DataType=SimpleNamespace(BF16=BFLOAT16),
+        nptype=nptype,
     )
 
 

@@ -3,12 +3,20 @@
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mbq_export.backends._trt_job import Refused
-from mbq_export.backends._trt_session import KeptDecoder, LoadedEngine
+from mbq_export.backends._trt_job import Job, Refused
+from mbq_export.backends._trt_session import (
+    KeptDecoder,
+    LoadedEngine,
+    largest_shapes,
+    runner_of,
+)
+from mbq_export.tensor_file import BFLOAT16
 from tests.backends import recorded_tensorrt as double
 
 CALLED = {
@@ -147,8 +155,76 @@ def test_double_has_no_name_that_the_bindings_lack() -> None:
         )
         code += f"for name in {names}: assert hasattr(t.{real}, name), name\n"
     code += "assert t.TensorIOMode.INPUT and t.nptype and t.Logger.WARNING\n"
+    code += "try: t.nptype(t.DataType.BF16)\nexcept TypeError: pass\nelse: raise AssertionError\n"
     code += "import os; os._exit(0)\n"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stderr
+
+
+def embedding(cuda: double.RecordedCuda, dtype: type) -> tuple[LoadedEngine, Job]:
+    """An engine of one Gather over (5, 4) rows, as the child loads it, and its job."""
+    rows = np.arange(20).reshape(5, 4).astype(dtype)
+
+    def look_up(at: Callable[[str], np.ndarray]) -> None:
+        ids = at("input_ids")
+        at("inputs_embeds")[: ids.shape[0], : ids.shape[1]] = rows[ids]
+
+    graph = double.Graph(
+        inputs={"input_ids": (np.int64, (1, -1))},
+        outputs={"inputs_embeds": (dtype, (1, -1, 4))},
+        largest={"input_ids": (1, 6), "inputs_embeds": (1, 6, 4)},
+        compute=look_up,
+    )
+    job = Job(
+        op="session",
+        workdir=Path(),
+        flavour="rtx",
+        module="",
+        link="",
+        library="",
+        outputs=("inputs_embeds",),
+        shapes={"input_ids": ["b", "s"], "inputs_embeds": ["b", "s", 4]},
+        profile={"input_ids": ((1, 1), (1, 1), (1, 6))},
+    )
+    return double.decoder(cuda, graph=graph), job
+
+
+def test_outputs_have_room_for_the_largest_inputs(cuda: double.RecordedCuda) -> None:
+    """Sizes that vary are -1 to the engine: a buffer for one row each would be overrun by the second."""
+    _, job = embedding(cuda, np.float16)
+    assert largest_shapes(job) == {"input_ids": (1, 6), "inputs_embeds": (1, 6, 4)}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16.type])
+def test_engine_without_a_cache_answers_in_the_shape_that_its_inputs_give(
+    cuda: double.RecordedCuda, dtype: type
+) -> None:
+    engine, job = embedding(cuda, dtype)
+    (rows,) = runner_of(engine, job)({"input_ids": np.array([[4, 0, 1]])}).values()
+    assert (rows.dtype, rows.shape) == (np.dtype(dtype), (1, 3, 4))
+    assert rows[0, :, 0].astype(int).tolist() == [16, 0, 4]
+
+
+def test_bfloat16_decoder_keeps_its_cache_in_bfloat16(cuda: double.RecordedCuda) -> None:
+    """257 is a number of fp16 and none of bfloat16, where it becomes 256."""
+    swap = {
+        name: (BFLOAT16.type if dtype is np.float16 else dtype, shape)
+        for name, (dtype, shape) in {**double.INPUTS, **double.OUTPUTS}.items()
+    }
+    graph = double.Graph(
+        inputs={name: swap[name] for name in double.INPUTS},
+        outputs={name: swap[name] for name in double.OUTPUTS},
+        largest=double.LARGEST,
+        compute=double.add_up,
+    )
+    decoder = kept(double.decoder(cuda, graph=graph))
+    embeds = np.full((1, 1, double.HIDDEN), 257.0).astype(BFLOAT16)
+    feeds = {"inputs_embeds": embeds, "position_ids": np.array([[0]])}
+    (logits,) = decoder.run({**feeds, "sequence": np.array([1])}).values()
+    assert logits.dtype == BFLOAT16
+    assert float(logits[0, 0, 0]) == 4 * 256.0
+    (cache,) = decoder.engine.caches
+    assert cache.dtype == BFLOAT16
+    assert cache.size == double.SLOTS * double.HIDDEN * BFLOAT16.itemsize

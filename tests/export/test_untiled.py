@@ -115,8 +115,8 @@ def test_a_linear_that_is_lost_while_lowering_stops_the_export(
 
 
 @pytest.mark.parametrize("lowering", ["qdq", "reference"])
-def test_bfloat16_is_written_for_plugins_alone(lowering: str) -> None:
-    """Scales are fp16: bf16 would round them, where plugins read them as they are."""
+def test_bfloat16_is_not_written_where_it_would_round_scales(lowering: str) -> None:
+    """Scales of groups are fp16: bf16 would round them, where plugins read them as they are."""
     form = replace(TRT, lowering=lowering, dtype="bf16")
     with pytest.raises(UsageError, match=f"Lowering {lowering} is not written in bf16") as caught:
         check_forms(decoders.checkpoint(), (form,), longest=512)

@@ -3,22 +3,28 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pytest
 
 from mbq_export.backends import BACKENDS, _trt_host
+from mbq_export.backends._table import TableEngine
 from mbq_export.backends._trt_session import KeptDecoder
 from mbq_export.backends.base import TensorSpec
 from mbq_export.backends.ort import OrtEngine, open_graph
 from mbq_export.bundle import Bundle
 from mbq_export.errors import MbqError
+from mbq_export.export.embed import embed_graph
+from mbq_export.export.profile import OPSET23
+from mbq_export.export.save import save_graph
 from mbq_export.native import LocalGpu
 from mbq_export.runtime import ISOLATED, host
 from mbq_export.runtime.request import Engines, Model
 from mbq_export.runtime.sampling import Options
 from mbq_export.runtime.session import Session
 from tests.backends import recorded_tensorrt as double
+from tests.export import decoders
 from tests.runtime import handmade
 from tests.runtime.test_session import greedy
 
@@ -56,6 +62,84 @@ def test_flavour_without_engines_lists_those_that_are_there(tmp_path: Path) -> N
 
 def test_backends_with_engines_are_those_that_say_so() -> None:
     assert tuple(name for name, each in BACKENDS.members().items() if each.isolated) == ISOLATED
+
+
+class Opened:
+    """What stands for an engine's process: remembers its file and whether it was closed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.open = path, True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open = False
+
+
+def engines_in(folder: Path, *names: str, dtype: str = "float16") -> Path:
+    """A folder of engines as recorded, without their files."""
+    folder.mkdir()
+    ports = {"inputs": [{"name": "x", "dtype": dtype}]}
+    record = {"flavour": "rtx", "sm": ["sm89"], "engines": dict.fromkeys(names, ports)}
+    (folder / "engine.json").write_text(json.dumps(record))
+    return folder
+
+
+def table_graph(folder: Path) -> Path:
+    path = folder / "embed_tokens_fp16.onnx"
+    profile = {"family": decoders.FAMILY, "dtype": "fp16", "profile": OPSET23}
+    save_graph(embed_graph(decoders.checkpoint(), **profile), path)
+    return path
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Opened]:
+    """Engines that were started, in order."""
+    found: list[Opened] = []
+
+    def start(_backend: str, path: Path, **_: object) -> Opened:
+        found.append(Opened(path))
+        return found[-1]
+
+    monkeypatch.setattr(host, "open_hosted", start)
+    return found
+
+
+def test_embeddings_come_from_the_table_where_there_is_no_engine_of_it(
+    tmp_path: Path, started: list[Opened]
+) -> None:
+    folder = engines_in(tmp_path / "sm89", "vision", "decoder")
+    engines = host.hosted_engines(folder, "rtx", embed=table_graph(tmp_path))
+    assert [each.path.name for each in started] == ["vision.engine", "decoder.engine"]
+    assert isinstance(engines.embed, TableEngine)
+    assert engines.embed.outputs[0].dtype == "float16"
+
+
+def test_embedding_engine_of_the_bundle_is_the_one_that_answers(
+    tmp_path: Path, started: list[Opened]
+) -> None:
+    folder = engines_in(tmp_path / "sm89", "vision", "decoder", "embed")
+    engines = host.hosted_engines(folder, "rtx", embed=tmp_path / "never-read.onnx")
+    assert engines.embed is started[-1]
+    assert started[-1].path == folder / "embed.engine"
+    assert all(each.open for each in started)
+
+
+def test_engines_that_were_started_end_when_the_table_is_missing(
+    tmp_path: Path, started: list[Opened]
+) -> None:
+    folder = engines_in(tmp_path / "sm89", "vision", "decoder")
+    with pytest.raises(MbqError, match="There is no embedding graph"):
+        host.hosted_engines(folder, "rtx", embed=tmp_path / "gone.onnx")
+    assert [each.open for each in started] == [False, False]
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("float16", "fp16"), ("bfloat16", "bf16")])
+def test_type_of_engines_is_that_of_the_decoders_embeddings(
+    tmp_path: Path, dtype: str, name: str
+) -> None:
+    assert host.engine_dtype(engines_in(tmp_path / "sm89", "decoder", dtype=dtype)) == name
 
 
 CHUNK = 5

@@ -10,6 +10,7 @@ from PIL import Image
 from mbq_export.errors import FormatError
 from mbq_export.families.llava_onevision import FAMILY, load, vision_module
 from mbq_export.runtime.preprocess import HostMerge, open_pictures, replace_rows
+from mbq_export.tensor_file import BFLOAT16
 from tests.families.random_models import picture, write_model
 
 
@@ -51,6 +52,27 @@ def test_merged_rows_give_the_logits_of_transformers(
     found = model.module(inputs_embeds=merged).logits
     expected = model.module(**inputs.tensors()).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_features_are_merged_like_the_numbers_they_are(tmp_path: Path) -> None:
+    """A picture of several tiles that is shrunk: the arithmetic is that of fp32, the result in the embeddings' type."""
+    model = load(write_model(tmp_path / "m"))
+    inputs = model.processor.inputs("is there a star ?", [picture(64, 20)])
+    draws = np.random.default_rng(3)
+    shape = (len(inputs.pixel_values), model.vision.tokens_per_tile, model.text.hidden)
+    features = draws.normal(size=shape).astype(BFLOAT16)
+    embeds = draws.normal(size=(len(inputs.input_ids), model.text.hidden)).astype(BFLOAT16)
+    merge = HostMerge(
+        family=FAMILY,
+        config=model.config,
+        newline=model.module.get_parameter(FAMILY.newline).detach().numpy(),
+        image_token_id=model.image_token_id,
+    )
+    merged = merge(embeds, features, inputs)
+    expected = merge(embeds.astype(np.float32), features.astype(np.float32), inputs)
+    assert merged.dtype == BFLOAT16
+    assert (merged == expected.astype(BFLOAT16)).all()
+    assert (merged != embeds).any()
 
 
 def test_pictures_are_opened_upright_and_rgb(tmp_path: Path) -> None:

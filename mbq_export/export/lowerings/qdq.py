@@ -74,6 +74,21 @@ def check_group(scheme: QuantScheme, group_size: int) -> None:
         )
 
 
+def refuses_dtype(scheme: QuantScheme | None, target: str, dtype: str) -> str | None:
+    """bf16 is for TensorRT, and only where no group's scale would have to be rounded to it.
+
+    A scale is fp16, with 11 bits. Rounded to the 8 bits of bf16 all weights of its group change. Kept, with a Cast
+    behind the dequantized weight, TensorRT for RTX 1.7 writes that weight to memory and multiplies from there.
+    """
+    if dtype != "bf16":
+        return None
+    if target == "ort":
+        return "ONNX Runtime multiplies no bf16 on a CPU"
+    if scheme is None or scheme.rounds_activations:
+        return None
+    return "bf16 would round the scales of its groups, and with exact ones TensorRT keeps no 4-bit weights"
+
+
 def lower(model: ir.Model, target: str) -> None:
     """Replace every ``mbq`` node; the MatMul takes its name and its output.
 
@@ -261,9 +276,10 @@ class _Rewrite:
 
 LOWERING: Final = Lowering(
     name="qdq",
-    dtypes=("fp32", "fp16"),
+    dtypes=("fp32", "fp16", "bf16"),
     keeps_functions=False,
     supports=supports,
     lower=lower,
     check_group=check_group,
+    refuses_dtype=refuses_dtype,
 )

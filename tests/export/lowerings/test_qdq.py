@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
@@ -19,12 +20,15 @@ from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import CHANNEL
 from mbq_export.schemes.oracle import dequantized, weight_only_linear
 from mbq_export.schemes.w4a8 import int8_linear, quantize_activations
+from mbq_export.tensor_file import BFLOAT16
 from tests.export.one_linear import one_node, packed, random_packed, relative_error, run_on_ort
 from tests.export.rounded_linears import EACH, Rounded, codes, lowered
 from tests.export.test_functions import CASES, Case, normal
 from tests.schemes.test_w4a8 import weight_of
 
 RNG = np.random.default_rng(11)
+BFLOAT16_ULP: Final = 2**-8
+"""Rounding to 8 bits leaves half of it; a tie that falls to the other side leaves all of it."""
 
 
 def constants(model: ir.Model) -> dict[str, ir.DataType]:
@@ -201,6 +205,59 @@ def test_half_precision_rounds_the_result_alone(
     found = run_on_ort(lowered(weight, lowering, dtype="fp16"), x, tmp_path)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(found, int8_linear(x, weight).astype(np.float16))
+
+
+def with_float_ports(model: ir.Model) -> ir.Model:
+    """Cast on both ends: ONNX Runtime hands no bfloat16 over."""
+    graph = model.graph
+    x, y = graph.inputs[0], graph.outputs[0]
+    wide_x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=x.shape)
+    wide_y = ir.Value(name="y", type=ir.TensorType(ir.DataType.FLOAT), shape=y.shape)
+    x.name, y.name = "x_narrow", "y_narrow"
+    narrow = ir.Value(name="x_bf16", type=x.type, shape=x.shape)
+    attributes = ir.convenience.convert_attributes({"to": ir.DataType.BFLOAT16})
+    begin = ir.Node("", "Cast", [wide_x], attributes, outputs=[narrow], name="begin")
+    attributes = ir.convenience.convert_attributes({"to": ir.DataType.FLOAT})
+    end = ir.Node("", "Cast", [y], attributes, outputs=[wide_y], name="end")
+    ir.convenience.replace_all_uses_with(x, narrow)
+    graph.inputs[0], graph.outputs[0] = wide_x, wide_y
+    graph.insert_before(graph[0], begin)
+    graph.append(end)
+    return model
+
+
+@EACH
+def test_bfloat16_rounds_the_result_of_rounded_activations_alone(
+    case: Rounded, tmp_path: Path
+) -> None:
+    """ONNX Runtime multiplies INT4 codes by their scale before it sums: results may fall on the other side of a tie."""
+    weight, x = case.weight(CHANNEL), case.x.astype(BFLOAT16).astype(np.float32)
+    model = with_float_ports(lowered(weight, "qdq", target="trt", dtype="bf16"))
+    exact = int8_linear(x, weight)
+    found = run_on_ort(model, x, tmp_path)
+    assert (found == found.astype(BFLOAT16)).all()
+    assert relative_error(found, exact) <= BFLOAT16_ULP
+
+
+@pytest.mark.parametrize(
+    ("scheme", "target", "words"),
+    [
+        ("w3a16", "trt", "bf16 would round the scales of its groups"),
+        ("w4a16", "trt", "bf16 would round the scales of its groups"),
+        ("w4a8", "trt", None),
+        (None, "trt", None),
+        ("w4a8", "ort", "ONNX Runtime multiplies no bf16"),
+        (None, "ort", "ONNX Runtime multiplies no bf16"),
+    ],
+)
+def test_bfloat16_is_refused_where_it_would_change_weights_or_nothing_runs_it(
+    scheme: str | None, target: str, words: str | None
+) -> None:
+    reason = LOWERING.misfit(None if scheme is None else SCHEMES[scheme], target, "bf16")
+    assert (reason is None) == (words is None)
+    assert words is None or words in str(reason)
+    assert LOWERING.misfit(SCHEMES["w3a16"], target, "fp16") is None
+    assert LOWERING.misfit(SCHEMES["w3a16"], target, "fp8") == "it exists in fp32, fp16, bf16"
 
 
 def test_sums_beyond_half_precision_do_not_overflow_inside(tmp_path: Path) -> None:
