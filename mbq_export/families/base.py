@@ -84,6 +84,20 @@ class TextShape:
     tied_head: bool = False
 
 
+def linear_shapes(text: TextShape) -> dict[str, tuple[int, int]]:
+    """(N, K) of the seven linears of a block."""
+    queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    return {
+        "self_attn.q_proj": (queries, text.hidden),
+        "self_attn.k_proj": (keys, text.hidden),
+        "self_attn.v_proj": (keys, text.hidden),
+        "self_attn.o_proj": (text.hidden, queries),
+        "mlp.gate_proj": (text.intermediate, text.hidden),
+        "mlp.up_proj": (text.intermediate, text.hidden),
+        "mlp.down_proj": (text.hidden, text.intermediate),
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionShape:
     """One tile as the vision tower sees it.
@@ -249,6 +263,7 @@ class ModelFamily:
         vision_module: Tower and projector as one torch module: (tiles, 3, h, w) to (tiles,
             tokens_per_tile, hidden). Shares the loaded model's weights.
         merge_images: Packs features on the host.
+        renames: Regular expressions over stored names and what replaces them, for tensors by module path.
     """
 
     name: str
@@ -269,6 +284,7 @@ class ModelFamily:
     token_masks: TokenMasks
     vision_module: Callable[["LoadedModel"], "nn.Module"]
     merge_images: MergeImages
+    renames: Sequence[tuple[str, str]] = ()
 
     def linear_path(self, block: int, linear: str) -> str:
         """Module path of one linear, for example ``model.language_model.layers.0.mlp.up_proj``."""

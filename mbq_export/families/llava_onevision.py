@@ -382,4 +382,5 @@ FAMILY: Final = ModelFamily(
     token_masks=token_masks,
     vision_module=vision_module,
     merge_images=merge_images,
+    renames=RENAMES,
 )

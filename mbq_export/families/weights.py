@@ -128,13 +128,7 @@ class SourceWeights:
                 why=f"weights are {', '.join(FLOATS)}",
                 fix="use the checkpoint in 16 or 32 bits as it was published",
             )
-        if _stamp(stored.path) != self.stamps[stored.path]:
-            raise FormatError(
-                "E4104",
-                f"{stored.path.name} changed while it was in use.",
-                why="its size or time is not the one found when it was checked",
-                fix="run the command again once the folder is at rest",
-            )
+        self._check_unchanged(stored.path)
         found = getattr(torch, FLOATS[stored.entry.dtype])
         size = stored.entry.end - stored.entry.start
         if size == 0:
@@ -145,6 +139,24 @@ class SourceWeights:
             _fill(file.fileno(), buffer)
         tensor = torch.frombuffer(buffer, dtype=found).reshape(stored.entry.shape)
         return tensor if dtype is None else tensor.to(dtype)
+
+    def check_unchanged(self) -> None:
+        """Make sure that no file changed since it was checked.
+
+        Raises:
+            FormatError: E4104.
+        """
+        for path in self.stamps:
+            self._check_unchanged(path)
+
+    def _check_unchanged(self, path: Path) -> None:
+        if _stamp(path) != self.stamps[path]:
+            raise FormatError(
+                "E4104",
+                f"{path.name} changed while it was in use.",
+                why="its size or time is not the one found when it was checked",
+                fix="run the command again once the folder is at rest",
+            )
 
     def sha256(self) -> str:
         """Hash of names and contents of all weight files, for fingerprints; reads every byte."""

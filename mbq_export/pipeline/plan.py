@@ -19,7 +19,7 @@ from mbq_export.channel_scales import Switches
 from mbq_export.checkpoint import KEPT
 from mbq_export.errors import ResourceError, UsageError
 from mbq_export.export.lowerings import LOWERINGS
-from mbq_export.families.base import LoadedModel, ModelFamily, TextShape
+from mbq_export.families.base import LoadedModel, ModelFamily, TextShape, linear_shapes
 from mbq_export.families.locate import ModelSource, family_of, locate, read_config
 from mbq_export.native import available_memory
 from mbq_export.pipeline.plugins import EngineForm, engine_form
@@ -207,20 +207,6 @@ def group_size_of(request: BuildRequest, scheme: QuantScheme | None) -> int:
     if request.group_size is not None:
         return request.group_size
     return CHANNEL if scheme is None else scheme.group_size
-
-
-def linear_shapes(text: TextShape) -> dict[str, tuple[int, int]]:
-    """(N, K) of the seven linears of a block."""
-    queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
-    return {
-        "self_attn.q_proj": (queries, text.hidden),
-        "self_attn.k_proj": (keys, text.hidden),
-        "self_attn.v_proj": (keys, text.hidden),
-        "self_attn.o_proj": (text.hidden, queries),
-        "mlp.gate_proj": (text.intermediate, text.hidden),
-        "mlp.up_proj": (text.intermediate, text.hidden),
-        "mlp.down_proj": (text.hidden, text.intermediate),
-    }
 
 
 def machine_class() -> dict[str, object]:

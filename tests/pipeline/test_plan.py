@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from mbq_export.errors import MbqError
+from mbq_export.families.base import linear_shapes
 from mbq_export.pipeline import plan as plan_module
-from mbq_export.pipeline.plan import BuildRequest, linear_shapes, make_plan
+from mbq_export.pipeline.plan import BuildRequest, make_plan
 from mbq_export.pipeline.stages import graph_forms
 from mbq_export.schemes.base import CHANNEL
 
