@@ -6,7 +6,7 @@ from typing import Annotated, Final
 
 import typer
 
-from mbq_export.commands import options
+from mbq_export.commands import graph_options, options
 from mbq_export.commands.console import Console
 
 AUTO: Final = "auto"
@@ -36,14 +36,11 @@ def command(
             show_default=False,
         ),
     ] = None,
-    kv: Annotated[
-        str | None,
-        typer.Option("--kv", help="concat or static. Default: static for trt.", show_default=False),
-    ] = None,
+    kv: graph_options.Cache = None,
     logits: Annotated[
         str, typer.Option("--logits", help="all positions, or the last one.")
     ] = "all",
-    op_level: Annotated[str, typer.Option("--op-level", help="auto, opset23 or opset24.")] = "auto",
+    op_level: graph_options.OpLevel = "auto",
     max_context: Annotated[
         int | None,
         typer.Option("--max-context", help="Longest sequence.", min=1, show_default=False),
@@ -56,6 +53,7 @@ def command(
     """
     from mbq_export.checkpoint import QuantCheckpoint
     from mbq_export.export import PREFERRED, GraphForm, export, fitting_lowering
+    from mbq_export.export.profile import has_static_cache
     from mbq_export.export.record import RECORD
     from mbq_export.families.locate import family_of
     from mbq_export.writing import refuse_existing, refuse_inside, staging
@@ -65,7 +63,7 @@ def command(
     form = GraphForm(
         target=runtime,
         dtype=dtype or ("fp16" if for_trt else "fp32"),
-        kv=kv or ("static" if for_trt else "concat"),
+        kv=kv or ("static" if for_trt and has_static_cache(op_level) else "concat"),
         logits=logits,
         max_context=max_context,
         op_level=op_level,

@@ -26,8 +26,9 @@ from mbq_export.export.check import ANY, Limits, check_graph, check_written
 from mbq_export.export.fitting import PREFERRED, fitting_lowering
 from mbq_export.export.graph import columns_of, packed_nodes, packed_source
 from mbq_export.export.lowerings import LOWERINGS
+from mbq_export.export.parser_ops import read_by
 from mbq_export.export.passes import PASSES
-from mbq_export.export.profile import OPSET23, profile_for
+from mbq_export.export.profile import FUSED, OpProfile, profile_for, traced_profile
 from mbq_export.export.record import (
     DTYPES,
     HOST_TENSORS,
@@ -199,24 +200,31 @@ class _Export:
     def records(
         self, dtypes: tuple[str, ...], forms: tuple[GraphForm, ...]
     ) -> Iterator[GraphRecord]:
+        levels = [self.profile(form) for form in forms if form.target == "trt"]
+        profile = traced_profile(levels)
         for dtype in dtypes:
             table = embed.embed_graph(
-                self.checkpoint, family=self.family, dtype=dtype, profile=OPSET23
+                self.checkpoint, family=self.family, dtype=dtype, profile=profile
             )
             yield self.written(table, file_name(embed.GRAPH_NAME, dtype), dtype)
         for form in forms:
             with located(form.file_name):
                 yield self.decoder(form)
         # Last, because it takes longest: what else is wrong shows before.
-        traced = vision.vision_graph(self.checkpoint, family=self.family, profile=OPSET23)
+        traced = vision.vision_graph(self.checkpoint, family=self.family, profile=profile)
         for dtype in sorted(dtypes, key=DTYPES.index):
             graph = traced if dtype == "fp32" else vision.halved(traced, dtype)
-            yield self.written(graph, file_name(vision.GRAPH_NAME, dtype), dtype)
+            file = file_name(vision.GRAPH_NAME, dtype)
+            yield self.written(graph, file, dtype, _traced_limits(levels))
+
+    def profile(self, form: GraphForm) -> OpProfile:
+        """Op level of a decoder of this checkpoint."""
+        return profile_for(form, packed=self.checkpoint.scheme_name != KEPT)
 
     def decoder(self, form: GraphForm) -> GraphRecord:
         shape = self.family.text_shape(self.checkpoint.config)
         form = replace(form, max_context=form.max_context or shape.max_positions)
-        profile = profile_for(form)
+        profile = self.profile(form)
         model = decoder.decoder_graph(
             self.checkpoint, family=self.family, form=form, profile=profile
         )
@@ -259,6 +267,12 @@ class _Export:
         )
         check_written(check_graph(path, limits), record)
         return record
+
+
+def _traced_limits(levels: list[OpProfile]) -> Limits:
+    """What the oldest parser that is to read a traced graph must know of it; nothing where it knows all that we write."""
+    first = min((profile.first for profile in levels if profile.level < FUSED), default=None)
+    return ANY if first is None else Limits(allowed=read_by(first))
 
 
 def layouts_of(model: ir.Model) -> dict[str, int]:

@@ -8,12 +8,16 @@ NaN in a padded row would spread through later layers.
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 import onnx_ir as ir
 
 from mbq_export.export import ops
 from mbq_export.export.graph import BOOL, INT64, Dims, Emitter, dims_of
+from mbq_export.export.primitives import spelled_attention, visible_by_group
 from mbq_export.families.base import TextShape
+
+ATTENTION: Final = "Attention"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +56,11 @@ def declare_cache(g: Emitter, shape: TextShape, *, slots: int | None) -> Cache:
 
 
 def visibility(g: Emitter, *, embeds: ir.Value, mask: ir.Value, cache: Cache) -> ir.Value:
-    """Build the BOOL mask (B, 1, T, keys) of the module's rule, shared by all layers."""
+    """Build the BOOL mask of the module's rule, shared by all layers.
+
+    Returns:
+        (B, 1, T, keys); (B, 1, 1, T, keys) where the op level has no Attention.
+    """
     zero, one = g.numbers("mask.zero", 0), g.numbers("mask.one", 1)
     length = g.op("Shape", [embeds], g.value("mask.queries", [1], dtype=INT64), start=1, end=2)
     total = g.op("Shape", [mask], g.value("mask.keys", [1], dtype=INT64), start=1, end=2)
@@ -82,7 +90,8 @@ def visibility(g: Emitter, *, embeds: ir.Value, mask: ir.Value, cache: Cache) ->
     )
     full: Dims = [ops.BATCH, 1, ops.SEQUENCE, cache.length]
     seen = g.op("And", [causal, real], g.value("mask.seen", full, dtype=BOOL))
-    return g.op("Or", [seen, diagonal], g.value("mask.visible", full, dtype=BOOL))
+    visible = g.op("Or", [seen, diagonal], g.value("mask.visible", full, dtype=BOOL))
+    return visible if g.has(ATTENTION) else visible_by_group(g, visible)
 
 
 def _scalar(g: Emitter, one_element: ir.Value, name: str) -> ir.Value:
@@ -130,17 +139,10 @@ def attend(
 ) -> ir.Value:
     """Grouped-query attention: (B, H, T, D) queries over cached keys and values, to (B, T, H * D)."""
     name = ops.node_name(layer, "attention")
-    heads: Dims = [ops.BATCH, shape.heads, ops.SEQUENCE, shape.head_dim]
-    # One output only: TensorRT refuses the form that also returns the cache.
-    mixed = g.op(
-        "Attention",
-        [*qkv, visible],
-        g.value(f"{name}.out", heads),
-        is_causal=0,
-        scale=shape.head_dim**-0.5,
-    )
-    rows: Dims = [ops.BATCH, ops.SEQUENCE, shape.heads, shape.head_dim]
-    by_token = g.op("Transpose", [mixed], g.value(f"{name}.by_token.out", rows), perm=[0, 2, 1, 3])
+    if g.has(ATTENTION):
+        by_token = _fused(g, name, shape, qkv=qkv, visible=visible)
+    else:
+        by_token = spelled_attention(g, name, shape, qkv=qkv, visible=visible)
     return g.op(
         "Reshape",
         [by_token, g.numbers("heads.merged", [0, 0, shape.heads * shape.head_dim])],
@@ -150,3 +152,20 @@ def attend(
         ),
         name=f"{name}.merge",
     )
+
+
+def _fused(
+    g: Emitter, name: str, shape: TextShape, *, qkv: tuple[ir.Value, ...], visible: ir.Value
+) -> ir.Value:
+    """One operator, to (B, T, H, D)."""
+    heads: Dims = [ops.BATCH, shape.heads, ops.SEQUENCE, shape.head_dim]
+    # One output only: TensorRT refuses the form that also returns the cache.
+    mixed = g.op(
+        ATTENTION,
+        [*qkv, visible],
+        g.value(f"{name}.out", heads),
+        is_causal=0,
+        scale=shape.head_dim**-0.5,
+    )
+    rows: Dims = [ops.BATCH, ops.SEQUENCE, shape.heads, shape.head_dim]
+    return g.op("Transpose", [mixed], g.value(f"{name}.by_token.out", rows), perm=[0, 2, 1, 3])

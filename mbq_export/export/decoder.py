@@ -15,6 +15,7 @@ from mbq_export.errors import FormatError
 from mbq_export.export import ops, weights
 from mbq_export.export.attention import Cache, attend, declare_cache, updated, visibility
 from mbq_export.export.graph import FLOAT, INT64, Dims, Emitter, columns_of, dims_of, packed_node
+from mbq_export.export.primitives import spelled_norm
 from mbq_export.export.rope import Rotary
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 GRAPH_NAME: Final = "decoder_model_merged"
 LM_HEAD: Final = "lm_head"
+NORM: Final = "RMSNormalization"
 
 
 def decoder_graph(
@@ -165,15 +167,10 @@ class _Decoder:
 
     def rms_norm(self, x: ir.Value, tensor: str, out: ir.Value, *, name: str = "norm") -> ir.Value:
         weight = self.plain(f"{name}.weight", tensor, (self.shape.hidden,))
-        return self.g.op(
-            "RMSNormalization",
-            [x, weight],
-            out,
-            name=name,
-            axis=-1,
-            epsilon=self.shape.norm_eps,
-            stash_type=1,
-        )
+        epsilon = self.shape.norm_eps
+        if not self.g.has(NORM):
+            return spelled_norm(self.g, x, weight, out, name=name, epsilon=epsilon)
+        return self.g.op(NORM, [x, weight], out, name=name, axis=-1, epsilon=epsilon, stash_type=1)
 
     def heads(self, layer: int, x: ir.Value, role: str, count: int) -> ir.Value:
         g, width = self.g, self.shape.head_dim

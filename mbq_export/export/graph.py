@@ -44,6 +44,10 @@ class Emitter:
         self._nodes: list[ir.Node] = []
         self._constants: dict[str, ir.Value] = {}
 
+    def has(self, op_type: str) -> bool:
+        """Whether the op level has an operator; if not, it is spelled out."""
+        return op_type in self.profile.ops
+
     def input(self, name: str, shape: Dims, *, dtype: ir.DataType | None = None) -> ir.Value:
         """Declare the next graph input; T unless a dtype is given."""
         value = _value(name, dtype or self.dtype, shape)

@@ -34,7 +34,7 @@ class GraphForm:
         kv: ``concat`` appends to the cache, ``static`` writes into slots of a cache of ``max_context``.
         logits: ``all`` positions, or the ``last`` one.
         max_context: Slots of a static cache and rows of the rotary tables; None takes the model's own limit.
-        op_level: ``auto``, ``opset23`` or ``opset24``.
+        op_level: ``auto``, or the name of a profile: ``opset20``, ``opset23-attention``, ..
     """
 
     lowering: str = "qdq"

@@ -1,4 +1,4 @@
-"""Rotary positions: tables made once in float64, one operator per use.
+"""Rotary positions: tables made once in float64; one operator per use, or its arithmetic where the op level has none.
 
     angle[p, j] = p * theta ** (-2 j / D)        j = 0 .. D/2 - 1
     (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)    halves of a head, not interleaved
@@ -6,7 +6,7 @@
 RoFormer (Su et al. 2021), section 3.2.2, in the half-split order that Qwen2 and Llama use.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 
 from mbq_export.errors import FormatError
 from mbq_export.export.graph import Emitter, dims_of
+from mbq_export.export.primitives import rows_by_position, spelled_rotation
 from mbq_export.families.base import TextShape
+
+ROTARY: Final = "RotaryEmbedding"
 
 
 def angles(shape: TextShape, positions: int) -> NDArray[np.float64]:
@@ -51,8 +54,16 @@ class Rotary:
         self._ids = ids
         self._cos = g.numbers("rope.cos", np.cos(table).astype(dtype))
         self._sin = g.numbers("rope.sin", np.sin(table).astype(dtype))
+        self._turn: tuple[ir.Value, ir.Value] | None = None
+        if not g.has(ROTARY):
+            self._turn = (
+                rows_by_position(g, self._cos, ids, "rope.cos"),
+                rows_by_position(g, self._sin, ids, "rope.sin"),
+            )
 
     def rotate(self, x: ir.Value, name: str) -> ir.Value:
         """Rotate (B, H, T, D) queries or keys."""
         out = self._g.value(f"{name}.out", dims_of(x))
-        return self._g.op("RotaryEmbedding", [x, self._cos, self._sin, self._ids], out)
+        if self._turn is not None:
+            return spelled_rotation(self._g, x, out, name=name, turn=self._turn)
+        return self._g.op(ROTARY, [x, self._cos, self._sin, self._ids], out)

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from mbq_export.backends.ort import open_graph
 from mbq_export.backends.torch import fake_quant_model
-from mbq_export.checkpoint import QuantCheckpoint
+from mbq_export.checkpoint import KEPT, QuantCheckpoint
 from mbq_export.export import GraphForm, decoder, ops
 from mbq_export.export.lowerings import LOWERINGS
 from mbq_export.export.passes import PASSES
@@ -47,7 +47,8 @@ def write_decoder(
     source: QuantCheckpoint, form: GraphForm, path: Path, *, fuse: bool = True
 ) -> Path:
     """Write one decoder graph, without the rest of an export."""
-    model = decoder.decoder_graph(source, family=FAMILY, form=form, profile=profile_for(form))
+    profile = profile_for(form, packed=source.scheme_name != KEPT)
+    model = decoder.decoder_graph(source, family=FAMILY, form=form, profile=profile)
     if fuse:
         PASSES["fuse_projections"].run(model)
     LOWERINGS[form.lowering].lower(model, form.target)

@@ -12,7 +12,7 @@ from mbq_export.backends.ort import open_graph
 from mbq_export.errors import FormatError
 from mbq_export.evaluate.tolerances import OP_FP32
 from mbq_export.export.graph import INT64, Emitter
-from mbq_export.export.profile import OPSET23
+from mbq_export.export.profile import OPSET20, OPSET23, OpProfile
 from mbq_export.export.rope import Rotary, angles
 from mbq_export.export.save import save_graph
 from tests.export import decoders
@@ -26,8 +26,9 @@ def test_angles_are_position_times_frequency() -> None:
     np.testing.assert_allclose(table, [[0, 0], [1, 0.1], [2, 0.2]])
 
 
-def test_rotation_is_that_of_transformers(tmp_path: Path) -> None:
-    g = Emitter(profile=OPSET23, dtype="fp32")
+@pytest.mark.parametrize("level", [OPSET20, OPSET23], ids=lambda level: level.name)
+def test_rotation_is_that_of_transformers(level: OpProfile, tmp_path: Path) -> None:
+    g = Emitter(profile=level, dtype="fp32")
     x = g.input("x", ["b", 4, "t", SHAPE.head_dim])
     ids = g.input("ids", ["b", "t"], dtype=INT64)
     rotary = Rotary(g, SHAPE, positions=64, ids=ids)

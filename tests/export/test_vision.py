@@ -17,7 +17,8 @@ from mbq_export.errors import FormatError
 from mbq_export.evaluate.tolerances import BLOCK_FP16, BLOCK_FP32
 from mbq_export.export.check import check_graph
 from mbq_export.export.graph import Emitter
-from mbq_export.export.profile import OPSET23
+from mbq_export.export.parser_ops import read_by
+from mbq_export.export.profile import OPSET20, OPSET23, OpProfile
 from mbq_export.export.record import DTYPES
 from mbq_export.export.save import save_graph
 from mbq_export.export.vision import halved, vision_graph
@@ -26,8 +27,14 @@ from tests.export import decoders
 from tests.export.one_linear import relative_error
 
 
+@pytest.fixture(scope="module", params=[OPSET20, OPSET23], ids=lambda level: level.name)
+def level(request: pytest.FixtureRequest) -> OpProfile:
+    found: OpProfile = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def graphs() -> Iterator[dict[str, Path]]:
+def graphs(level: OpProfile) -> Iterator[dict[str, Path]]:
     """One trace, saved in every dtype; no packed linear may be read for it."""
     checkpoint = decoders.checkpoint()
 
@@ -37,7 +44,7 @@ def graphs() -> Iterator[dict[str, Path]]:
     with TemporaryDirectory() as folder:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(QuantCheckpoint, "packed", fail)
-            traced = vision_graph(checkpoint, family=decoders.FAMILY, profile=OPSET23)
+            traced = vision_graph(checkpoint, family=decoders.FAMILY, profile=level)
         paths = {dtype: Path(folder) / f"{dtype}.onnx" for dtype in DTYPES}
         save_graph(traced, paths["fp32"])
         for dtype in ("fp16", "bf16"):
@@ -81,9 +88,19 @@ def test_graph_passes_the_validator_and_tells_no_place(dtype: str, graphs: dict[
     assert b"site-packages" not in content
 
 
-def test_attention_is_one_node_per_layer(graphs: dict[str, Path]) -> None:
+def test_attention_is_one_node_per_layer_where_the_level_has_it(
+    level: OpProfile, graphs: dict[str, Path]
+) -> None:
     graph = onnx.load(graphs["fp32"], load_external_data=False).graph
-    assert sum(node.op_type == "Attention" for node in graph.node) == 1
+    assert sum(node.op_type == "Attention" for node in graph.node) == level.level // 2
+
+
+def test_tower_of_the_lowest_level_has_operators_that_the_oldest_parser_documents(
+    level: OpProfile, graphs: dict[str, Path]
+) -> None:
+    graph = onnx.load(graphs["fp16"], load_external_data=False)
+    assert graph.opset_import[0].version == level.opset
+    assert {node.op_type for node in graph.graph.node} <= read_by(level.first)
 
 
 def test_nodes_say_which_module_they_belong_to(graphs: dict[str, Path]) -> None:

@@ -1,0 +1,23 @@
+"""Options of ``export`` and ``build`` that shape the decoder graph."""
+
+from typing import Annotated
+
+import typer
+
+OpLevel = Annotated[
+    str,
+    typer.Option(
+        "--op-level",
+        help="Operators that graphs for TensorRT may use: opset20 (primitives, from TensorRT 10.3), opset23-attention "
+        "(10.14), opset23 or opset24 (10.15); auto takes the highest that all targets read.",
+    ),
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        help="Cache of the decoder: concat, or static, which is updated in place and needs opset24. Default: static "
+        "for TensorRT where it is read.",
+        show_default=False,
+    ),
+]
