@@ -10,9 +10,7 @@ without a GPU has: a warp must issue them for every 32 weights, however fast the
 import argparse
 import json
 import re
-import shutil
 import sys
-import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +23,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from build import Plan, compiled
 from mbq_export import native
 from mbq_export.errors import MachineError, MbqError
+from mbq_export.plugin_library.machine_code import KernelUse, find_cuobjdump, short_name, usage
 from mbq_export.writing import write_file
 
 SMS: Final = (80, 87, 89, 90, 110, 120)
@@ -75,14 +74,7 @@ def cuobjdump() -> Path:
     Raises:
         MachineError: E3017.
     """
-    packages = Path(sysconfig.get_paths()["purelib"])
-    places = [
-        packages / "nvidia" / "cu13" / "bin",
-        packages / "triton" / "backends" / "nvidia" / "bin",
-    ]
-    found = shutil.which("cuobjdump") or next(
-        (str(place / "cuobjdump") for place in places if (place / "cuobjdump").is_file()), None
-    )
+    found = find_cuobjdump()
     if found is None:
         raise MachineError(
             "E3017",
@@ -90,8 +82,7 @@ def cuobjdump() -> Path:
             why="it reads what nvcc compiled",
             fix="pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm",
         )
-    Path(found).chmod(0o755)  # some packages carry it without the bit
-    return Path(found)
+    return found
 
 
 def measure(sm: int, objects: Path) -> dict[str, KernelCode]:
@@ -130,24 +121,19 @@ def worse(found: KernelCode, allowed: dict[str, Any]) -> list[str]:
 
 
 def _read(cubin: Path) -> Iterator[tuple[str, KernelCode]]:
-    usage = _output([str(cuobjdump()), "-res-usage", str(cubin)], cubin.with_suffix(".usage"))
+    used = _output([str(cuobjdump()), "-res-usage", str(cubin)], cubin.with_suffix(".usage"))
     sass = _output([str(cuobjdump()), "-sass", str(cubin)], cubin.with_suffix(".sass"))
-    resources = {
-        name: (int(registers), int(stack) + int(local))
-        for name, registers, stack, local in re.findall(
-            r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage
-        )
-    }
+    resources = usage(used)
     functions = re.split(r"\n\s*Function : ", sass)[1:]
     mangled = [text.partition("\n")[0].strip() for text in functions]
     names = (
         _output(["c++filt", *mangled], cubin.with_suffix(".names")).splitlines() if mangled else []
     )
     for symbol, name, text in zip(mangled, names, functions, strict=True):
-        yield _short(name), _code(text, *resources[symbol])
+        yield short_name(name), _code(text, resources[symbol])
 
 
-def _code(sass: str, registers: int, stack: int) -> KernelCode:
+def _code(sass: str, use: KernelUse) -> KernelCode:
     lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
     words = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for _, text in lines]
     at = {int(address, 16): index for index, (address, _) in enumerate(lines)}
@@ -160,8 +146,8 @@ def _code(sass: str, registers: int, stack: int) -> KernelCode:
     mma = Counter(word for word in words if _is_mma(word)).most_common(1)
     most, _, body = max(loops, default=(0, 0, []))
     return KernelCode(
-        registers=registers,
-        stack=stack,
+        registers=use.registers,
+        stack=use.spilled,
         local=sum(word.startswith(("LDL", "STL")) for word in words),
         wide_loads=sum(word.startswith(("LDG", "LDGSTS")) and ".128" in word for word in words),
         mma=mma[0][0] if mma else "",
@@ -172,12 +158,6 @@ def _code(sass: str, registers: int, stack: int) -> KernelCode:
 
 def _is_mma(word: str) -> bool:
     return word.startswith(("HMMA", "IMMA"))
-
-
-def _short(name: str) -> str:
-    """``skinny<WeightOnly<W3, F16, 1>, 2, 1>`` of a demangled symbol."""
-    bare = name.removeprefix("void ").replace("mbq::", "")
-    return bare[: bare.rindex("(")] if "(" in bare else bare
 
 
 def _output(command: Sequence[str], log: Path) -> str:

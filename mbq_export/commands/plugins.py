@@ -80,13 +80,23 @@ def command(
 
 def _build(console: Console, sms: tuple[int, ...], headers: Path | None, jobs: int) -> None:
     from mbq_export.plugin_library.build import Recipe, build_plugin_library
+    from mbq_export.plugin_library.machine_code import recorded_code, rows
 
     with console.progress("compiling plugins") as progress:
         library = build_plugin_library(
             Recipe(sms=sms, headers=headers, jobs=jobs), progress=progress
         )
     _show(console, library)
-    console.finish(_described(library), what=str(library.path))
+    code = recorded_code(library)
+    console.table(
+        ("GPU", "kernels", "most registers", "with spills", "bytes of machine code"), rows(code)
+    )
+    if code.unread:
+        console.text(f"registers and spills were not read: {code.unread}")
+    for gpu in code.gpus:
+        for kernel, size in gpu.spills.items():
+            console.warn("W6014", f"{gpu.gpu}: {kernel} spills {size} bytes per thread")
+    console.finish({**_described(library), "code": code.as_json()}, what=str(library.path))
 
 
 def _list(console: Console) -> None:

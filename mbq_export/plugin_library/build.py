@@ -27,6 +27,7 @@ from mbq_export.plugin_library import (
     read_plugin_library,
 )
 from mbq_export.plugin_library.check import loaded
+from mbq_export.plugin_library.machine_code import CODE, USUAL_CUDA, compiled_code
 from mbq_export.progress import Progress, silent
 from mbq_export.writing import json_bytes, write_file
 
@@ -41,7 +42,6 @@ TOOLS: Final = {
     "make": "apt-get install make",
 }
 """Programs and how to get them. nvcc is looked for in the toolkit's usual place too."""
-USUAL_CUDA: Final = "/usr/local/cuda/bin"
 HEADERS_MISSING: Final = "NvInferRuntime.h was not found"
 SEARCHED: Final = re.compile(r"Searched: (.*?)\.\s+Install")
 
@@ -158,7 +158,12 @@ def _compiled(recipe: Recipe, cmake: str, folder: Path, progress: Progress) -> P
 
 def _describe(staged: Path, sources: str, found: dict[str, str]) -> None:
     library = read_plugin_library(staged / FILE_NAME, found="cache")
-    record = {**library.record, "nvcc": found["nvcc"], "sources_sha256": sources}
+    record = {
+        **library.record,
+        "nvcc": found["nvcc"],
+        "sources_sha256": sources,
+        CODE: compiled_code(library.path).as_json(),
+    }
     write_file(staged / RECORD_NAME, json_bytes(record))
 
 

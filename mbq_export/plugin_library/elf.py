@@ -12,6 +12,7 @@ the two.
 
 import platform
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -71,32 +72,44 @@ class SharedLibrary:
         """GPUs it has code for: ``sm_89`` machine code, ``compute_120`` PTX; sorted."""
         return fatbin_architectures(self.sections.get(".nv_fatbin", b""))
 
+    @property
+    def machine_code_bytes(self) -> dict[str, int]:
+        """Bytes of machine code by GPU, ``sm_89``, oldest first; PTX is none."""
+        sizes = fatbin_bytes(self.sections.get(".nv_fatbin", b""))
+        return {f"{kind}_{sm}": size for (kind, sm), size in sorted(sizes.items()) if kind == "sm"}
+
 
 def fatbin_architectures(data: bytes) -> tuple[str, ...]:
     """List the images of every container in a section, each kind and SM once."""
-    found: set[tuple[str, int]] = set()
+    return tuple(
+        f"{kind}_{sm}"
+        for kind, sm in sorted(fatbin_bytes(data), key=lambda each: (each[0] != "sm", each[1]))
+    )
+
+
+def fatbin_bytes(data: bytes) -> Counter[tuple[str, int]]:
+    """Bytes of the images of every container in a section, by kind and SM, as they lie there."""
+    found: Counter[tuple[str, int]] = Counter()
     start = 0
     while start + FATBIN_HEADER.size <= len(data):
         magic, _, header, size = FATBIN_HEADER.unpack_from(data, start)
         if magic != FATBIN_MAGIC:  # containers are aligned to 8 bytes, with zeros between
             start += 8
             continue
-        found |= _images(data[start + header : start + header + size])
+        found += _images(data[start + header : start + header + size])
         start += max(header, FATBIN_HEADER.size) + size
-    return tuple(
-        f"{kind}_{sm}" for kind, sm in sorted(found, key=lambda each: (each[0] != "sm", each[1]))
-    )
+    return found
 
 
-def _images(entries: bytes) -> set[tuple[str, int]]:
-    found: set[tuple[str, int]] = set()
+def _images(entries: bytes) -> Counter[tuple[str, int]]:
+    found: Counter[tuple[str, int]] = Counter()
     start = 0
     while start + SM_OFFSET + 4 <= len(entries):
         kind, _, header, size = FATBIN_ENTRY.unpack_from(entries, start)
         (sm,) = struct.unpack_from("<I", entries, start + SM_OFFSET)
         if kind not in KINDS or header == 0:
             break
-        found.add((KINDS[kind], sm))
+        found[KINDS[kind], sm] += size
         start += header + size
     return found
 

@@ -1,12 +1,21 @@
 """`plugins`: compile, find, list and check the plugin library."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mbq_export import cache
 from mbq_export.native import source_root, sources_sha256
-from mbq_export.plugin_library import FILE_NAME, RECORD_NAME
+from mbq_export.plugin_library import (
+    FILE_NAME,
+    RECORD_NAME,
+    build,
+    find_plugin_library,
+    machine_code,
+)
+from mbq_export.plugin_library.machine_code import CompiledCode, GpuCode
+from mbq_export.reading import sha256_of
 from mbq_export.writing import json_bytes
 from tests.command_line import run, tell
 from tests.plugin_library.libraries import stand_in
@@ -103,3 +112,48 @@ def test_build_without_a_compiler_ends_with_status_3(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("shutil.which", lambda name, path=None: None)
     outcome = run("plugins", "build", "--target", "sm89")
     assert (outcome.status, outcome.code) == (3, "E3010")
+
+
+def compile_into(code: CompiledCode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `plugins build` find a library in the cache, with this beside it."""
+    with cache.making("plugins", "key", wait_s=1) as staged:
+        assert staged is not None
+        digest = sha256_of(stand_in(staged / FILE_NAME))
+        record = {
+            "sources_sha256": sources_sha256(source_root()),
+            "sha256": digest,
+            "code": code.as_json(),
+        }
+        (staged / RECORD_NAME).write_bytes(json_bytes(record))
+    monkeypatch.setattr(build, "build_plugin_library", lambda *_, **__: find_plugin_library())
+
+
+LEAN = GpuCode(gpu="sm_87", bytes=5_000_000, kernels=121, registers=255, widest="gemm<W3>")
+
+
+def test_build_tells_kernels_registers_spills_and_bytes_of_every_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spilling = replace(LEAN, gpu="sm_89", spills={"skinny<W4, 2>": 48})
+    code = CompiledCode(gpus=(LEAN, spilling))
+    compile_into(code, monkeypatch)
+    outcome = run("plugins", "build")
+    assert outcome.document["result"]["code"] == code.as_json()
+    warnings = outcome.document["warnings"]
+    assert [(each["code"], each["text"]) for each in warnings] == [
+        ("MBQ-W6014", "sm_89: skinny<W4, 2> spills 48 bytes per thread")
+    ]
+    told = tell("plugins", "build").out
+    table = [line.split() for line in told.splitlines() if line.lstrip().startswith("sm_8")]
+    assert table == [
+        ["sm_87", "121", "255", "(gemm<W3>)", "none", "5,000,000"],
+        ["sm_89", "121", "255", "(gemm<W3>)", "1", "5,000,000"],
+    ]
+
+
+def test_build_without_cuobjdump_says_what_it_did_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_code, "find_cuobjdump", lambda: None)
+    compile_into(CompiledCode(gpus=(), unread="no tool then"), monkeypatch)
+    outcome = tell("plugins", "build")
+    assert outcome.status == 0
+    assert f"registers and spills were not read: {machine_code.NO_TOOL}" in outcome.out

@@ -80,7 +80,7 @@ def test_the_loop_is_the_one_with_the_most_mmas() -> None:
             ]
         )
     )
-    found = gates._code(sass, 40, 0)
+    found = gates._code(sass, gates.KernelUse(registers=40, spilled=0))
     assert (found.loop, found.loop_mma, found.local, found.wide_loads) == (2, 1, 1, 1)
     assert found.mma == "HMMA.16816.F32"
 

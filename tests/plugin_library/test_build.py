@@ -11,6 +11,7 @@ from mbq_export.errors import BuildError, FormatError, MachineError
 from mbq_export.plugin_library import build, find_plugin_library
 from mbq_export.plugin_library.build import Recipe, build_plugin_library
 from mbq_export.plugin_library.check import check_plugin_library
+from mbq_export.plugin_library.machine_code import compiled_code
 from mbq_export.reading import read_json
 from tests.plugins import compiled
 
@@ -125,5 +126,7 @@ def test_a_library_is_compiled_once_checked_and_found() -> None:
     assert find_plugin_library(sms=(89, 120)) == made
     record = read_json(made.path.with_name("plugin.json"))
     assert (record["abi"], record["sha256"]) == (made.abi, made.sha256)
+    assert [gpu["gpu"] for gpu in record["code"]["gpus"]] == ["sm_89"]
+    assert record["code"] == compiled_code(made.path).as_json()
     before = made.path.stat().st_mtime_ns
     assert build_plugin_library(recipe).path.stat().st_mtime_ns == before
