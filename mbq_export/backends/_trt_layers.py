@@ -5,6 +5,9 @@ Without a GPU an engine cannot be loaded, so there is no inspector. But a verbos
     Name: <id>, LayerType: <type>, Inputs: [ {T}, .. ], Constants: [ {T}, .. ], Outputs: [ {T}, .. ],
         TacticName: <s>, StreamId: <int>[, EventId: <int>], Metadata: [ONNX Layer: a][ONNX Layer: b]
     T = Name: <id>, Dimensions: [..], Strides: [..], StrideOrder: [..], Datatype: <type>, Format: ..
+    Name: <id>, LayerType: <type>, Inputs: [ {S}, .. ], Outputs: [ {S}, .. ], ParameterType: <type>, ..,
+        StreamId: <int>, Metadata: ..                       no kernel: a size that the host hands over, for example
+    S = Name: <id>, Location: <place>, Dimensions: [..], Datatype: <type>, Format: ..
     I/O Tensors:
      Name: <id>, IOMode: Input, DataType: <type>, Dimensions: [..], .., ProfileInfo: [ {MinShape: [..], .. }]
 
@@ -42,9 +45,13 @@ _ROW = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<type>\w+), Inputs: \[(?P<in>.*?)\], Constants: \[(?P<const>.*?)\], "
     r"Outputs: \[(?P<out>.*?)\], TacticName: (?P<tactic>.*?), StreamId: -?\d+(?:, \w+: -?\w+)*, Metadata:(?P<meta>.*)$"
 )
+_SHAPE_ROW = re.compile(
+    r"Name: (?P<name>.*?), LayerType: (?P<type>\w+), Inputs: \[(?P<in>.*?)\], Outputs: \[(?P<out>.*?)\], "
+    r"ParameterType: (?P<tactic>\w+), .*?StreamId: -?\d+(?:, \w+: -?\w+)*, Metadata:(?P<meta>.*)$"
+)
 _TENSOR = re.compile(
-    r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[^\]]*)\], Strides: \[(?P<strides>[^\]]*)\], "
-    r".*?Datatype: (?P<type>\w+), "
+    r"\{ Name: (?P<name>.*?),(?: Location: \w+,)? Dimensions: \[(?P<dims>[^\]]*)\], "
+    r"(?:Strides: \[(?P<strides>[^\]]*)\], .*?)?Datatype: (?P<type>\w+), "
 )
 _IO = re.compile(
     r"Name: (?P<name>.*?), IOMode: (?P<mode>\w+), DataType: (?P<type>\w+), Dimensions: \[(?P<dims>[^\]]*)\]"
@@ -55,7 +62,7 @@ _NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f]?\[|[\x1e\x1f]?\s*$)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerTensor:
-    """A tensor in a row: ``dims`` hold -1 where a size varies, ``strides`` where one depends on it."""
+    """A tensor in a row: ``dims`` hold -1 where a size varies, ``strides`` where one depends on it or are not told."""
 
     name: str
     type: str
@@ -69,7 +76,9 @@ class LayerTensor:
 
     @property
     def by_rows(self) -> bool:
-        """Whether it lies row after row, as far as the sizes that do not vary tell."""
+        """Whether it lies row after row, as far as the sizes that do not vary tell; not, if no strides are told."""
+        if len(self.strides) != len(self.dims):
+            return False
         wanted = 1
         for size, stride in reversed(list(zip(self.dims, self.strides, strict=True))):
             if size != 1 and stride != wanted:
@@ -188,10 +197,11 @@ def profile_shapes(spec: TensorSpec, graph: EngineGraph) -> tuple[tuple[int, ...
 
 
 def _layer(line: str) -> Layer:
-    match = _ROW.search(line)
+    match = _ROW.search(line) or _SHAPE_ROW.search(line)
     if match is None:
         raise _unreadable(f"a row is written in an unknown way: {line.strip()[:200]}")
-    inputs, constants, outputs = (_tensors(match[part], line) for part in ("in", "const", "out"))
+    texts = {"const": "", **match.groupdict()}
+    inputs, constants, outputs = (_tensors(texts[part], line) for part in ("in", "const", "out"))
     return Layer(
         name=match["name"],
         type=match["type"],
@@ -209,7 +219,7 @@ def _tensors(text: str, line: str) -> tuple[LayerTensor, ...]:
             name=each["name"],
             type=each["type"],
             dims=_sizes(each["dims"]),
-            strides=_sizes(each["strides"]),
+            strides=_sizes(each["strides"] or ""),
         )
         for each in _TENSOR.finditer(text)
     )

@@ -76,6 +76,23 @@ def test_row_of_a_second_stream_names_its_event() -> None:
     assert (table.layers[0].type, table.layers[0].onnx) == ("signal", ())
 
 
+def test_row_that_hands_over_a_size_has_another_form() -> None:
+    """As printed for a decoder whose cache grows."""
+    line = (
+        "Name: [ShapeHostToDeviceCopy 0], LayerType: ShapeHostToDevice, Inputs: [], Outputs: [ { Name: mask.past, "
+        "Location: Device, Dimensions: [1], Datatype: Int64, Format: Format not available due to dynamic shapes }], "
+        "ParameterType: ShapeH2D, shapeValues0: [-35], TacticValue: 0x0000000000000000, StreamId: 0, Metadata: "
+    )
+    row = LayerTable.parse([line, *lines_of("packed")]).layers[0]
+    assert (row.type, row.tactic, row.onnx) == ("ShapeHostToDevice", "ShapeH2D", ())
+    assert (row.inputs, row.constants) == ((), ())
+    (size,) = row.outputs
+    assert (size.name, size.type, size.dims, size.strides) == ("mask.past", "Int64", (1,), ())
+    assert not size.by_rows, "nothing says so"
+    with pytest.raises(BuildError, match="a row is written in an unknown way"):
+        LayerTable.parse([line.replace(", ParameterType: ", ", Parameter: "), *lines_of("packed")])
+
+
 def test_log_without_a_table_is_an_error_not_an_empty_table() -> None:
     with pytest.raises(
         BuildError, match=r"0 layers and 0 inputs .* in a log with 3 lines"
