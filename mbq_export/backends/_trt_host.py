@@ -45,11 +45,12 @@ SESSION: Final = (
     "-m",
     "mbq_export.backends._trt_session",
 )
-WRITE_INDICES: Final = "write_indices"
+CACHE: Final = "past_key_values."
+"""Begins the names of a decoder's cache inputs."""
 
 
 class HostedEngine:
-    """An engine whose child is running. A decoder with a static cache keeps it in the child."""
+    """An engine whose child is running. A decoder keeps its cache in the child."""
 
     def __init__(
         self,
@@ -220,8 +221,8 @@ def specs(entries: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
 def kept_ports(
     inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """What is left of a decoder's ports when the child keeps its static cache; other engines stay as they are."""
-    if WRITE_INDICES not in {spec.name for spec in inputs}:
+    """What is left of a decoder's ports when the child keeps its cache; other engines stay as they are."""
+    if not any(spec.name.startswith(CACHE) for spec in inputs):
         return inputs, outputs
     embeds, _, positions = inputs[:3]
     sequence = TensorSpec(name="sequence", dtype="int64", shape=(1,))

@@ -3,8 +3,9 @@
     python -P -X faulthandler -m mbq_export.backends._trt_session job.json
 
 Reads messages (`_trt_channel`) from standard input and answers on what was standard output; anything a library prints
-goes to the log instead. A decoder with a static cache keeps it: input and output of the cache are one buffer, and only
-embeddings, positions and logits cross. A decode step, whose shapes repeat, is recorded once and then replayed.
+goes to the log instead. A decoder keeps its cache, and only embeddings, positions and logits cross. Input and output of a
+static cache are one buffer; a decode step, whose shapes repeat, is then recorded once and replayed. Those of a cache that
+grows change places after each run.
 
 Not one line of this has met a GPU with TensorRT: it is held to the documented API by a recorded-call double.
 """
@@ -24,16 +25,17 @@ from mbq_export.backends import _trt_versions
 from mbq_export.backends._trt_channel import Closed, receive, send
 from mbq_export.backends._trt_cuda import Cuda
 from mbq_export.backends._trt_job import Job, Refused
+from mbq_export.backends._trt_kept import POSITIONS, WRITE, KeptDecoder
 from mbq_export.backends._trt_plugins import load_plugins
 from mbq_export.backends._trt_worker import loaded, stage
 
 PAST: Final = "past_key_values."
-MASK, POSITIONS, WRITE, SEQUENCE = "attention_mask", "position_ids", "write_indices", "sequence"
+PRESENT: Final = "present."
 
 
 @dataclass(kw_only=True)
 class Buffer:
-    """A tensor of an engine on the device: room for its largest shape, at an address that never changes."""
+    """A tensor of an engine on the device: room for its largest shape."""
 
     name: str
     dtype: np.dtype[Any]
@@ -67,7 +69,9 @@ class LoadedEngine:
     seen: set[tuple[Any, ...]] = field(default_factory=set)
 
     def bind(self) -> None:
-        """Allocate a buffer per tensor, one for a cache input and its output, and tell the context.
+        """Allocate a buffer per tensor, one for an input and an output of a static cache, and tell the context.
+
+        Buffers of a cache that grows change places after each run, so both have room for what comes out.
 
         Raises:
             Refused: ``gpu-memory`` if they do not fit, ``trt-run`` if the context refuses an address.
@@ -76,7 +80,8 @@ class LoadedEngine:
         for name in names:
             alias = self._alias(name, names)
             dtype = _trt_versions.array_type(self.trt, self.engine.get_tensor_dtype(name))
-            shape = self.largest.get(name, tuple(self.engine.get_tensor_shape(name)))
+            roomy = name if WRITE in names else name.replace(PAST, PRESENT, 1)
+            shape = self.largest.get(roomy, tuple(self.engine.get_tensor_shape(name)))
             size = math.prod(abs(each) for each in shape) * dtype.itemsize
             address = self.buffers[alias].address if alias else self.cuda.allocate(size)
             is_input = self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT
@@ -87,52 +92,81 @@ class LoadedEngine:
                 raise Refused("trt-run", f"The context refuses an address for {name}.")
 
     def _alias(self, name: str, names: list[str]) -> str | None:
-        """Input whose buffer an output writes into: as the engine says, or a cache by its name."""
+        """Input whose buffer an output writes into: as the engine says, or a static cache by its name."""
         if self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT:
             return None
         told = _trt_versions.aliased_input(self.engine, name)
-        named = name.replace("present.", PAST, 1) if name.startswith("present.") else None
-        return told or (named if named in names else None)
+        named = name.replace(PRESENT, PAST, 1) if name.startswith(PRESENT) else None
+        return told or (named if named in names and WRITE in names else None)
 
     @property
     def caches(self) -> list[Buffer]:
         """Cache inputs."""
         return [each for name, each in self.buffers.items() if name.startswith(PAST)]
 
+    @property
+    def grows(self) -> bool:
+        """Whether the cache gets longer with each run, instead of being written in place."""
+        return bool(self.caches) and WRITE not in self.buffers
+
     def forget(self) -> None:
-        """Empty the cache."""
-        for buffer in self.caches:
-            self.cuda.zero(buffer.address, buffer.size)
+        """Empty the cache; what is in it may be no number, and a weight of 0 does not hide that."""
+        kept = [each for each in self.buffers.values() if each.name.startswith((PAST, PRESENT))]
+        for address, size in {each.address: each.size for each in kept}.items():
+            self.cuda.zero(address, size)
 
     def run(
-        self, feeds: Mapping[str, NDArray[Any]], wanted: Mapping[str, tuple[int, ...]]
+        self,
+        feeds: Mapping[str, NDArray[Any]],
+        wanted: Mapping[str, tuple[int, ...]],
+        *,
+        past: int = 0,
     ) -> dict[str, NDArray[Any]]:
         """Run once.
 
         Args:
             feeds: One array per input but the caches, of the engine's types.
             wanted: Shape of every output to copy back.
+            past: Positions in a cache that grows.
 
         Raises:
             Refused: ``trt-run`` if the engine refuses a shape or fails, ``gpu-error`` if the device does.
         """
-        self._set_shapes({name: feeds[name].shape for name in feeds})
+        self._set_shapes({name: feeds[name].shape for name in feeds} | self._cache_shapes(past))
         held = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         for name, array in held.items():
             self.cuda.upload(self.buffers[name].address, array.ctypes.data, array.nbytes)
-        self._enqueue(tuple((name, array.shape) for name, array in sorted(held.items())))
+        if self.grows:
+            self._execute()  # no shape comes twice in a sequence, and addresses change
+        else:
+            self._enqueue(tuple((name, array.shape) for name, array in sorted(held.items())))
         outputs = {name: np.empty(s, self.buffers[name].dtype) for name, s in wanted.items()}
         for name, array in outputs.items():
             self.cuda.download(array.ctypes.data, self.buffers[name].address, array.nbytes)
         self.cuda.wait()
+        if self.grows:
+            self._swap()
         return outputs
 
+    def _cache_shapes(self, past: int) -> dict[str, tuple[int, ...]]:
+        """(1, heads, positions, width) of every cache input."""
+        shapes = {}
+        for each in self.caches:
+            _, heads, slots, width = tuple(self.engine.get_tensor_shape(each.name))
+            shapes[each.name] = (1, heads, past if self.grows else slots, width)
+        return shapes
+
+    def _swap(self) -> None:
+        """What came out is what goes in next."""
+        for read in self.caches:
+            written = self.buffers[read.name.replace(PAST, PRESENT, 1)]
+            read.address, written.address = written.address, read.address
+            for each in (read, written):
+                if not self.context.set_tensor_address(each.name, each.address):
+                    raise Refused("trt-run", f"The context refuses an address for {each.name}.")
+
     def _set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        fixed = {
-            each.name: (1, *tuple(self.engine.get_tensor_shape(each.name))[1:])
-            for each in self.caches
-        }
-        for name, shape in {**shapes, **fixed}.items():
+        for name, shape in shapes.items():
             if not self.context.set_input_shape(name, shape):
                 raise Refused(
                     "trt-run",
@@ -158,73 +192,6 @@ class LoadedEngine:
     def _execute(self) -> None:
         if not self.context.execute_async_v3(self.cuda.stream):
             raise Refused("trt-run", "TensorRT failed to run the engine.")
-
-
-@dataclass(kw_only=True)
-class KeptDecoder:
-    """A decoder engine that keeps its cache: embeddings, positions and a sequence's number in, logits out.
-
-    Attributes:
-        engine: The engine.
-        slots: Positions of the cache.
-        chunk: Most tokens of one run.
-        logits: Name of the output.
-        width: Columns of the logits.
-        sequence: Number of the sequence in the cache; 0 at first.
-        length: Positions of it that are filled.
-    """
-
-    engine: LoadedEngine
-    slots: int
-    chunk: int
-    logits: str
-    width: int
-    sequence: int = 0
-    length: int = 0
-
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run (1, T, hidden) new tokens, in parts if they are more than one run takes.
-
-        Returns:
-            (1, 1, V) logits of the last position.
-
-        Raises:
-            Refused: ``trt-run`` for positions beyond the cache, which TensorRT would drop without a word, and for
-                ones that do not continue what is in it.
-        """
-        embeds, positions = feeds["inputs_embeds"], feeds[POSITIONS]
-        number = int(feeds[SEQUENCE][0])
-        if number != self.sequence:
-            self.engine.forget()
-            self.sequence, self.length = number, 0
-        first, count = int(positions[0, 0]), embeds.shape[1]
-        if first != self.length:
-            raise Refused(
-                "trt-run", f"Position {first} does not continue {self.length} in the cache."
-            )
-        if first + count > self.slots:
-            raise Refused("trt-run", f"Position {first + count} is beyond {self.slots} slots.")
-        outputs: dict[str, NDArray[Any]] = {}
-        for start in range(0, count, self.chunk):
-            part = slice(start, min(start + self.chunk, count))
-            outputs = self.engine.run(
-                self._feeds(embeds[:, part], positions[:, part], first + part.start),
-                {self.logits: (1, 1, self.width)},
-            )
-        self.length = first + count
-        return outputs
-
-    def _feeds(
-        self, embeds: NDArray[Any], positions: NDArray[Any], at: int
-    ) -> dict[str, NDArray[Any]]:
-        mask = np.zeros((1, self.slots), np.int64)
-        mask[:, : at + embeds.shape[1]] = 1
-        return {
-            "inputs_embeds": embeds,
-            MASK: mask,
-            POSITIONS: positions,
-            WRITE: np.array([at], np.int64),
-        }
 
 
 def load_engine(trt: Any, job: Job, cuda: Cuda) -> LoadedEngine:
@@ -291,11 +258,13 @@ def runner_of(engine: LoadedEngine, job: Job) -> Callable[..., Any]:
         job: Has the shape of every input and output, sizes that vary as symbols.
     """
     outputs = {name: job.shapes[name] for name in job.outputs}
-    if WRITE in engine.buffers:
-        logits = next(name for name in outputs if not name.startswith("present."))
+    if engine.caches:
+        logits = next(name for name in outputs if not name.startswith(PRESENT))
+        # The mask of a cache that grows is longer by the tokens of a whole run.
+        slots = engine.largest[engine.caches[0].name][2]
         return KeptDecoder(
             engine=engine,
-            slots=engine.largest[MASK][1],
+            slots=slots,
             chunk=engine.largest[POSITIONS][1],
             logits=logits,
             width=int(outputs[logits][-1]),

@@ -72,6 +72,40 @@ class Graph:
 
 SUMS = Graph(inputs=INPUTS, outputs=OUTPUTS, largest=LARGEST, compute=add_up)
 
+HEADS = 2
+"""Of a cache that grows: two, or the place of a position would not depend on how many there are."""
+
+
+def append_and_add_up(at: Callable[[str], np.ndarray]) -> None:
+    """The same sums over a cache that grows: what comes out lies as its own shape says, at the buffer's beginning."""
+    embeds, mask, past = at("inputs_embeds"), at("attention_mask"), at("past_key_values.0.key")
+    new = np.repeat(embeds[:, None] / HEADS, HEADS, axis=1).astype(np.float16)
+    present = np.concatenate([past, new], axis=2)
+    assert mask.shape[1] == present.shape[2]
+    at("present.0.key").reshape(-1)[: present.size] = present.reshape(-1)
+    seen = (present[0].astype(np.float32) * mask[0][:, None]).sum()
+    at("logits")[...] = [[[seen, at("position_ids")[0, -1]]]]
+
+
+GROWING_SUMS = Graph(
+    inputs={
+        **{name: INPUTS[name] for name in ("inputs_embeds", "position_ids")},
+        "attention_mask": (np.int64, (-1, -1)),
+        "past_key_values.0.key": (np.float16, (-1, HEADS, -1, HIDDEN)),
+    },
+    outputs={
+        "logits": OUTPUTS["logits"],
+        "present.0.key": (np.float16, (-1, HEADS, -1, HIDDEN)),
+    },
+    largest={
+        **{name: LARGEST[name] for name in ("inputs_embeds", "position_ids", "logits")},
+        "attention_mask": (1, SLOTS + CHUNK),
+        "past_key_values.0.key": (1, HEADS, SLOTS, HIDDEN),
+        "present.0.key": (1, HEADS, SLOTS + CHUNK, HIDDEN),
+    },
+    compute=append_and_add_up,
+)
+
 
 class TensorIOMode(Enum):
     """As in the bindings."""

@@ -121,8 +121,24 @@ def model(
     return Model(engines=engines, preprocessor=Bytes(), merge=merge, limit=limit)
 
 
+def _own_slots(kv: str) -> list[onnx.NodeProto]:
+    """Slot of each new token."""
+    if kv == "static":
+        return [helper.make_node("Identity", ["position_ids"], ["own_slots"])]
+    return [
+        helper.make_node("Shape", ["attention_mask"], ["total"], start=1, end=2),
+        helper.make_node("Gather", ["position_ids", "minus_one"], ["newest"], axis=1),
+        helper.make_node("Sub", ["position_ids", "newest"], ["from_end"]),
+        helper.make_node("Add", ["from_end", "total"], ["behind"]),
+        helper.make_node("Sub", ["behind", "unit"], ["own_slots"]),
+    ]
+
+
 def decoder(w: Weights, path: Path, *, kv: str, logits: str) -> Path:
-    """Write the decoder: visible are keys j <= P + i that the mask lets through."""
+    """Write the decoder: visible are keys j <= P + i that the mask lets through.
+
+    Where the cache grows, P is what the mask has more than there are tokens, so positions may begin behind hidden slots.
+    """
     slots = "past" if kv == "concat" else POSITIONS
     cache = {"key": "k", "value": "v"}
     inputs = [
@@ -153,7 +169,8 @@ def decoder(w: Weights, path: Path, *, kv: str, logits: str) -> Path:
             ),
         ]
     nodes += [
-        helper.make_node("Unsqueeze", ["position_ids", "two"], ["rows"]),
+        *_own_slots(kv),
+        helper.make_node("Unsqueeze", ["own_slots", "two"], ["rows"]),
         helper.make_node("Shape", ["new.key"], ["key_slots"], start=2, end=3),
         helper.make_node("Squeeze", ["key_slots"], ["slots"]),
         helper.make_node("Range", ["zero", "slots", "unit"], ["columns"]),

@@ -149,14 +149,15 @@ CHUNK = 5
 class InProcess:
     """A decoder that keeps its cache on the double's device, without the process around it."""
 
-    def __init__(self, decoder: OrtEngine) -> None:
-        slots = handmade.POSITIONS
-        cache = (np.float32, (-1, 1, slots, handmade.HIDDEN))
+    def __init__(self, decoder: OrtEngine, *, kv: str) -> None:
+        static, slots = kv == "static", handmade.POSITIONS
+        longest = slots if static else slots + CHUNK
+        cache = (np.float32, (-1, 1, slots if static else -1, handmade.HIDDEN))
         inputs = {
             "inputs_embeds": (np.float32, (-1, -1, handmade.HIDDEN)),
-            "attention_mask": (np.int64, (-1, slots)),
+            "attention_mask": (np.int64, (-1, slots if static else -1)),
             "position_ids": (np.int64, (-1, -1)),
-            "write_indices": (np.int64, (-1,)),
+            **({"write_indices": (np.int64, (-1,))} if static else {}),
             **{f"past_key_values.0.{part}": cache for part in ("key", "value")},
         }
         outputs = {
@@ -168,15 +169,17 @@ class InProcess:
             names = dict(zip(inputs, decoder.inputs, strict=True))
             found = decoder.run({spec.name: at(name).copy() for name, spec in names.items()})
             for name, spec in zip(outputs, decoder.outputs, strict=True):
-                at(name)[...] = found[spec.name]
+                at(name).reshape(-1)[: found[spec.name].size] = found[spec.name].reshape(-1)
 
-        largest = {
-            name: tuple({-1: 1}.get(size, size) for size in shape)
-            for name, (_, shape) in {**inputs, **outputs}.items()
-        } | {"inputs_embeds": (1, CHUNK, handmade.HIDDEN), "position_ids": (1, CHUNK)}
+        sizes = {"inputs_embeds": (1, CHUNK, handmade.HIDDEN), "position_ids": (1, CHUNK)}
+        sizes |= {"attention_mask": (1, longest), "write_indices": (1,)}
+        sizes |= {"logits": (1, 1, handmade.VOCAB)}
+        for name in (*inputs, *outputs):
+            room = slots if name.startswith("past") else longest
+            sizes.setdefault(name, (1, 1, room, handmade.HIDDEN))
         self.cuda = double.RecordedCuda()
-        graph = double.Graph(inputs=inputs, outputs=outputs, largest=largest, compute=compute)
-        engine = double.decoder(self.cuda, graph=graph)
+        graph = double.Graph(inputs=inputs, outputs=outputs, largest=sizes, compute=compute)
+        engine = double.decoder(self.cuda, graph=graph, aliases=static)
         self.run = KeptDecoder(
             engine=engine, slots=slots, chunk=CHUNK, logits="logits", width=handmade.VOCAB
         ).run
@@ -197,12 +200,14 @@ class InProcess:
         """Nothing is held."""
 
 
-@pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    """A session whose decoder is the handmade one, run by the double as an engine with a static cache."""
-    plain = handmade.model(tmp_path, kv="static", logits="last")
-    path = handmade.decoder(handmade.weights(), tmp_path / "d.onnx", kv="static", logits="last")
-    decoder = InProcess(open_graph(path, threads=1))
+@pytest.fixture(params=["static", "concat"])
+def session(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Session]:
+    """A session whose decoder is the handmade one, run by the double as an engine that keeps its cache."""
+    plain = handmade.model(tmp_path, kv=request.param, logits="last")
+    path = handmade.decoder(
+        handmade.weights(), tmp_path / "d.onnx", kv=request.param, logits="last"
+    )
+    decoder = InProcess(open_graph(path, threads=1), kv=request.param)
     engines = Engines(vision=plain.engines.vision, embed=plain.engines.embed, decoder=decoder)
     model = Model(
         engines=engines, preprocessor=handmade.Bytes(), merge=handmade.merge, limit=plain.limit
@@ -211,12 +216,15 @@ def session(tmp_path: Path) -> Iterator[Session]:
         yield opened
 
 
-def test_answers_over_a_kept_cache_are_those_of_the_model_without_one(session: Session) -> None:
+def test_answers_over_a_kept_cache_are_those_of_the_model_without_one(
+    session: Session, request: pytest.FixtureRequest
+) -> None:
     for prompt in ("a", "what is it", "zebra"):
         found = session.generate(prompt, options=Options(max_new_tokens=20, ignore_end=True))
         assert list(found.ids) == greedy(prompt, 20)
     calls = session.model.engines.decoder.cuda.calls
-    assert calls.count("cuGraphLaunch") > calls.count("execute_async_v3"), "steps are replayed"
+    replayed = calls.count("cuGraphLaunch") > calls.count("execute_async_v3")
+    assert replayed == (request.node.callspec.params["session"] == "static")
 
 
 def test_forced_tokens_give_the_logits_of_every_position(session: Session) -> None:
