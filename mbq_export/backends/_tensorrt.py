@@ -58,6 +58,10 @@ ADDRESS_SPACE_MARGIN: Final = 2 << 30
 REMINDER: Final = "has Int64 binding"
 """Said of every integer input, whoever feeds it and with what: no news to a user."""
 
+KNOWN_TABLES: Final = frozenset({"rtx"})
+"""Flavours whose layer tables have been seen. Of others none has, so nothing is refused for what is in theirs; that
+every plugin is there is asked of the parser, whatever the flavour."""
+
 FLAGS: Final = {"weight_streaming": "WEIGHT_STREAMING"}
 """Builder flag of each option that is one."""
 
@@ -206,6 +210,7 @@ def _one_engine(
     worker: Sequence[str],
 ) -> tuple[EngineFile, LayerTable]:
     """Build one engine into the staged folder."""
+    known = installed.flavour.name in KNOWN_TABLES
     logs = (request.logs or request.out.with_name(request.out.name + ".logs")) / graph.name
     with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
         for path in graph_files(graph.onnx):
@@ -218,7 +223,7 @@ def _one_engine(
         for warning in Story.read(outcome.workdir / LOG).warnings:
             level = logging.INFO if REMINDER in warning else logging.WARNING
             logger.log(level, "tensorrt: %s", warning)
-        table = _table(outcome.workdir, logs)
+        table = _table(outcome.workdir, logs, known=known)
         path = folder / f"{graph.name}.engine"
         (outcome.workdir / PLAN).replace(path)
         if request.options.timing_cache is not None:
@@ -229,7 +234,7 @@ def _one_engine(
         size=path.stat().st_size,
         layers=len(table.layers),
         plugin_layers=outcome.result.plugin_layers,
-        checks=_trt_layer_checks.checks(table, graph),
+        checks=_trt_layer_checks.checks_of(table, graph, known=known),
         seconds=outcome.seconds,
         peak_rss_bytes=outcome.result.peak_rss_bytes,
     )
@@ -237,14 +242,18 @@ def _one_engine(
     return engine, table
 
 
-def _table(workdir: Path, logs: Path) -> LayerTable:
-    """Read the layer table of a build; a log that cannot be read is kept."""
+def _table(workdir: Path, logs: Path, *, known: bool) -> LayerTable:
+    """Read the layer table of a build; a log that cannot be read is kept, and an error where it should be known."""
     try:
         with (workdir / LOG).open(errors="replace") as lines:
             return LayerTable.parse(lines)
     except BuildError as error:
-        error.context["logs"] = keep_logs(workdir, logs)
-        raise
+        kept = keep_logs(workdir, logs)
+        if known:
+            error.context["logs"] = kept
+            raise
+        logger.warning("%s Nothing is checked in it; the log is kept: %s", error.message, kept)
+        return LayerTable(layers=(), io=())
 
 
 def _job(

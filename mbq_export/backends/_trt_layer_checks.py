@@ -1,6 +1,7 @@
 """What must hold in the layer table of an engine, whatever the compiler made of the graph."""
 
 import math
+from dataclasses import replace
 from typing import Final
 
 from mbq_export.backends._trt_int8_checks import integer_products
@@ -21,6 +22,27 @@ BYTES_TOLERANCE: Final = 0.02
 DROPPED_TYPES: Final = frozenset({"Int64", "Int32", "Bool"})
 """Constants of these types are shapes, indices and masks, which the builder folds away: not counted. Plugins read
 theirs as they are."""
+
+
+def checks_of(table: LayerTable, graph: EngineGraph, *, known: bool) -> tuple[Check, ...]:
+    """The checks of a table, or what they found, where nobody has seen a table of this library before.
+
+    Args:
+        table: Without a row if it could not be read.
+        graph: What was asked for.
+        known: Whether these checks were held to tables of this library. If not, a failed one is one that was not run.
+    """
+    if not table.layers:
+        why = "the layer table in the build log could not be read"
+        return (Check(name="engine.table", ok=None, tier="engine", why=why),)
+    found = checks(table, graph)
+    if known:
+        return found
+    untold = "tables of this library were never seen, so it may mean nothing"
+    return tuple(
+        replace(each, ok=None, why=f"{each.why}; {untold}") if each.ok is False else each
+        for each in found
+    )
 
 
 def checks(table: LayerTable, graph: EngineGraph) -> tuple[Check, ...]:

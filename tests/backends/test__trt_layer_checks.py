@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mbq_export.backends._trt_layer_checks import checks
+from mbq_export.backends._trt_layer_checks import checks, checks_of
 from mbq_export.backends._trt_layers import LayerTable
 from mbq_export.backends.base import EngineGraph
 from mbq_export.report import Check
@@ -45,6 +45,24 @@ def test_packed_engine_passes_every_check(graph: EngineGraph) -> None:
         "A7": True,
         "A8": True,
     }
+
+
+def test_what_is_found_in_a_table_never_seen_before_fails_nothing(graph: EngineGraph) -> None:
+    """Full TensorRT names its kernels otherwise; a verdict on them would be a guess."""
+    table = table_of("slow")
+    known = {check.name: check for check in checks_of(table, graph, known=True)}
+    untold = {check.name: check for check in checks_of(table, graph, known=False)}
+    assert known.keys() == untold.keys()
+    for name, check in known.items():
+        assert untold[name].ok is (True if check.ok else None)
+        assert untold[name].value == check.value
+    assert "tables of this library were never seen" in untold["engine.A2"].why
+
+
+def test_table_that_could_not_be_read_says_so(graph: EngineGraph) -> None:
+    (check,) = checks_of(LayerTable(layers=(), io=()), graph, known=False)
+    assert (check.name, check.ok) == ("engine.table", None)
+    assert "could not be read" in check.why
 
 
 def test_dequantization_at_run_time_fails_a2_and_a3(graph: EngineGraph) -> None:

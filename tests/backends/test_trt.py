@@ -5,12 +5,14 @@ The builds here are those of a double, `recorded_builder`, in a real child: what
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from mbq_export.backends import BACKENDS, _tensorrt, trt
 from mbq_export.backends._trt_flavour import FLAVOURS, Installed
+from mbq_export.backends._trt_layers import LayerTable
 from mbq_export.backends.base import BuilderOptions, EngineRequest
 from mbq_export.errors import MbqError
 from mbq_export.native import LocalGpu
@@ -36,6 +38,27 @@ def test_missing_tensorrt_is_told_with_the_command_that_installs_it() -> None:
         targets_of(BuildRequest(model="m", out=Path("out"), targets=("orin:trt",)))
     assert (error.value.code, error.value.exit_status) == ("E3003", 3)
     assert "orin:trt" in error.value.message
+
+
+def test_log_without_a_table_that_is_known_costs_a_warning_and_no_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody has seen what full TensorRT prints."""
+    monkeypatch.setattr(_tensorrt, "LayerTable", Unread)
+    out = build(tmp_path, times=None, monkeypatch=monkeypatch)
+    record = json.loads((out / "engine.json").read_text())["engines"]["decoder"]
+    assert [check["name"] for check in record["checks"]] == ["engine.table"]
+    assert record["layers"] == 0
+    assert "Nothing is checked in it; the log is kept: " in caplog.text
+    assert (tmp_path / "sm87.logs" / "decoder" / "native.log").is_file()
+
+
+class Unread(LayerTable):
+    """A table in a form that this release does not know."""
+
+    @classmethod
+    def parse(cls, lines: Iterable[str]) -> LayerTable:
+        return LayerTable.parse(line.replace("LayerType:", "Kind:") for line in lines)
 
 
 def build(folder: Path, *, times: Path | None, monkeypatch: pytest.MonkeyPatch) -> Path:
