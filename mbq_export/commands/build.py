@@ -1,24 +1,53 @@
 """Make a bundle: calibrate, quantize, export, build engines, check, seal."""
 
+import inspect
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from mbq_export.commands import engine_options, options
 from mbq_export.commands.console import Console
-from mbq_export.errors import located
+from mbq_export.errors import UsageError
 
 if TYPE_CHECKING:
     from mbq_export.pipeline.stages import BuildResult
 
+STILL_GOOD: Final = frozenset({"out", "force", "fresh"})
+"""Options of the stages before that mean something for those that follow, too."""
+
 
 def command(
     context: typer.Context,
-    model: options.Model,
     out: options.Out,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Folder of a Hugging Face model, or an alias (mbq-export models).",
+            show_default=False,
+        ),
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Finished bundle to build engines of for another --target, instead of a model: nothing is "
+            "calibrated or rounded again.",
+            show_default=False,
+        ),
+    ] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            "--stages",
+            help="With --from: engine.. (default) takes its graphs, export.. writes them anew.",
+            show_default=False,
+        ),
+    ] = None,
     wbits: options.WeightBits = None,
     scheme: options.Scheme = None,
     group_size: options.GroupSize = None,
@@ -84,16 +113,20 @@ def command(
     """Make a bundle: calibrate, quantize, export, build engines, check, seal.
 
     mbq-export build --model tiny-llava-ov --wbits 3 -o out
+
+    mbq-export build --from out --stages engine.. --target orin:trt -o out-orin
     """
+    first = _start(context, model, bundle, stages)
     from mbq_export.pipeline.engine_options import EngineOptions
-    from mbq_export.pipeline.plan import make_plan
     from mbq_export.pipeline.request import BuildRequest
-    from mbq_export.pipeline.stages import build
+    from mbq_export.pipeline.stages import build, planned
 
     console: Console = context.obj
     console.resume = shlex.join(["mbq-export", *sys.argv[1:]])
     request = BuildRequest(
-        model=model,
+        model=model or "",
+        bundle=bundle,
+        first=first,
         out=out,
         weight_bits=wbits,
         scheme=scheme,
@@ -129,14 +162,55 @@ def command(
         command=console.resume,
     )
     if dry_run:
-        with located("plan"):
-            plan = make_plan(request)
+        plan = planned(request)
         console.table(("module group", "count", "bits", "reason"), plan.table())
         console.finish({"plan": dict(plan.fingerprint)}, what=f"plan for {out}, nothing written")
         return
     result = build(request, console)
     _warn_skipped(console, result.skipped_engines)
     console.finish(_summary(result, out), what=f"{out}  sha256 {result.sha256[:16]}")
+
+
+def _start(
+    context: typer.Context, model: str | None, bundle: Path | None, stages: str | None
+) -> str:
+    """Decide where a build from a bundle begins, and refuse options of the stages before.
+
+    Raises:
+        BadParameter: For a build from nothing.
+        UsageError: E2001, E2002.
+    """
+    from mbq_export.commands import calibrate, quantize
+    from mbq_export.pipeline.continuing import ENGINE, first_stage
+
+    if bundle is None:
+        if model is None:
+            raise typer.BadParameter("name a model, or a bundle with --from", param_hint="--model")
+        if stages is not None:
+            raise UsageError(
+                "E2002",
+                "--stages does not go without --from.",
+                why="a build from a model runs every stage, and keeps what is finished if it is stopped",
+                fix="--from BUNDLE",
+            )
+        return ENGINE
+    first = first_stage(stages or f"{ENGINE}..")
+    before = {
+        name
+        for each in (calibrate, quantize)
+        for name in inspect.signature(each.command).parameters
+    } | {"model", "wbits", "scheme", "engine_dtype"}
+    before |= {"max_context", "kv", "op_level"} if first == ENGINE else set()
+    for name in sorted(before - STILL_GOOD):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(
+                "E2002",
+                f"--{name.replace('_', '-')} does not go with --from.",
+                why=f"the bundle decides it for {first}..",
+                fix="leave it out, or build from the model",
+            )
+    return first
 
 
 def _warn_skipped(console: Console, skipped: dict[str, str]) -> None:

@@ -8,11 +8,12 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any, Final
 
 from mbq_export import __version__
+from mbq_export.bundle import Bundle
 from mbq_export.calibrate.data import CalibrationData
 from mbq_export.calibrate.methods import METHODS
 from mbq_export.channel_scales import Switches
@@ -71,6 +72,7 @@ class Plan:
         skipped_engines: Reason by target, where this machine cannot build.
         form: Form of the decoder for engines, and the plugins it needs.
         fingerprint: Whatever decides the result.
+        kept: Bundle whose weights are taken as they are; None for a build from a model.
     """
 
     request: BuildRequest
@@ -85,6 +87,7 @@ class Plan:
     skipped_engines: Mapping[str, str]
     form: EngineForm
     fingerprint: Mapping[str, object]
+    kept: Bundle | None = None
 
     @property
     def scheme_name(self) -> str:
@@ -198,8 +201,10 @@ def make_plan(request: BuildRequest) -> Plan:
     request.engines.check(plan.max_context, targets)
     if plan.lowering == "qdq" or not plan.with_reference:
         _check_qdq(plan)
-    _check_room(plan)
-    return Plan(**{**_fields(plan), "fingerprint": _fingerprint(plan)})
+    check_room(plan)
+    shards = {path.name: sha256_of(path) for path in sorted(source.folder.glob("*.safetensors"))}
+    model = {"config": sha256_of(source.folder / "config.json"), "shards": shards}
+    return replace(plan, fingerprint=fingerprint(plan, model))
 
 
 def group_size_of(request: BuildRequest, scheme: QuantScheme | None) -> int:
@@ -225,10 +230,6 @@ def package_versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
 
 
-def _fields(plan: Plan) -> dict[str, Any]:
-    return {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
-
-
 def _check_qdq(plan: Plan) -> None:
     """Refuse groups that standard operators cannot hold.
 
@@ -239,7 +240,12 @@ def _check_qdq(plan: Plan) -> None:
         LOWERINGS["qdq"].check_group(plan.scheme, plan.group_size)
 
 
-def _check_room(plan: Plan) -> None:
+def check_room(plan: Plan) -> None:
+    """Refuse a build for which the disk or the memory cannot suffice.
+
+    Raises:
+        ResourceError: E5002, E5003.
+    """
     weights = sum(path.stat().st_size for path in plan.source.folder.glob("*.safetensors"))
     place = plan.request.out.absolute().parent
     while not place.exists():
@@ -262,13 +268,16 @@ def _check_room(plan: Plan) -> None:
         )
 
 
-def _fingerprint(plan: Plan) -> dict[str, object]:
+def fingerprint(plan: Plan, model: Mapping[str, object]) -> dict[str, object]:
+    """Whatever decides the result.
+
+    Args:
+        plan: All but this.
+        model: Hashes of its configuration and of its shards.
+    """
     request = plan.request
-    shards = {
-        path.name: sha256_of(path) for path in sorted(plan.source.folder.glob("*.safetensors"))
-    }
     return {
-        "model": {"config": sha256_of(plan.source.folder / "config.json"), "shards": shards},
+        "model": model,
         "data": None if plan.data is None else plan.data.sha256,
         "quant": {
             "scheme": plan.scheme_name,

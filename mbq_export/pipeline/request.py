@@ -55,6 +55,8 @@ class BuildRequest:
         gate_reason: Why the gate is not ``on``; lands in the manifest.
         require_engine: A target whose engine cannot be built here is an error.
         engine_timeout_s: Limit for one engine.
+        bundle: Finished bundle to go on from, instead of a model.
+        first: Stage to go on at then: ``export`` or ``engine``.
         command: The command line, for provenance and the resume hint.
     """
 
@@ -83,6 +85,8 @@ class BuildRequest:
     gate_reason: str = ""
     require_engine: bool = False
     engine_timeout_s: float = 3600.0
+    bundle: Path | None = None
+    first: str = "engine"
     command: str = ""
 
 

@@ -24,6 +24,14 @@ from mbq_export.evaluate.validate import failure, validate_build
 from mbq_export.export import ExportRecord, GraphForm, export
 from mbq_export.families.base import LoadedModel
 from mbq_export.pipeline.calibration import channel_scales
+from mbq_export.pipeline.continuing import (
+    CALIBRATION,
+    check_graphs,
+    continued_plan,
+    origin,
+    take,
+    taken_folders,
+)
 from mbq_export.pipeline.engines import build_engines, engine_facts
 from mbq_export.pipeline.plan import Plan, machine_class, make_plan, package_versions
 from mbq_export.pipeline.plugins import pack_library
@@ -35,7 +43,6 @@ from mbq_export.report import Report
 from mbq_export.state import State, fingerprint_of
 from mbq_export.writing import explained, partial_path, publish
 
-CALIBRATION: Final = "calibration"
 STAGED: Final = "bundle"
 STAGES: Final = 7
 
@@ -105,6 +112,20 @@ class _Work:
             file.write(json.dumps({"stage": stage, **values}, sort_keys=True) + "\n")
 
 
+def planned(request: BuildRequest) -> Plan:
+    """Check everything that can be checked before the work.
+
+    Raises:
+        MbqError: As `make_plan` and `continued_plan`.
+    """
+    with located("plan"):
+        if request.bundle is None:
+            return make_plan(request)
+        plan = continued_plan(request)
+        check_graphs(plan, graph_forms(plan))
+    return plan
+
+
 def build(request: BuildRequest, listener: Listener) -> BuildResult:
     """Make a bundle.
 
@@ -112,20 +133,23 @@ def build(request: BuildRequest, listener: Listener) -> BuildResult:
         MbqError: Of every kind, with the stage in its ``where``; GateError E1101 if the bundle does not compute
             what its checkpoint says. Nothing is published then, finished work is kept.
     """
-    with located("plan"):
-        plan = make_plan(request)
+    plan = planned(request)
     listener.note(
-        f"[1/{STAGES}] plan        {request.model} ({plan.source.rule}), {plan.scheme_name}"
+        f"[1/{STAGES}] plan        {plan.request.model} ({plan.source.rule}), {plan.scheme_name}"
     )
     partial = partial_path(request.out)
     with State.open(partial, plan.fingerprint, fresh=request.fresh) as state:
         work = _begin(plan, state, listener)
-        model = _Lazy(plan.load)
-        work.run(2, CALIBRATION, lambda progress: _calibrate(work, model(), progress))
-        work.run(3, WEIGHTS, lambda progress: _quantize(work, model(), progress))
-        model.forget()
+        if plan.kept is None:
+            model = _Lazy(plan.load)
+            work.run(2, CALIBRATION, lambda progress: _calibrate(work, model(), progress))
+            work.run(3, WEIGHTS, lambda progress: _quantize(work, model(), progress))
+            model.forget()
+        else:
+            _take(work, plan.kept)
         checkpoint = QuantCheckpoint.open(work.folder(WEIGHTS), verify=False)
-        work.run(4, ONNX, lambda progress: _export(work, checkpoint, progress))
+        if ONNX not in taken_folders(plan):
+            work.run(4, ONNX, lambda progress: _export(work, checkpoint, progress))
         work.run(5, ENGINES, lambda progress: _engines(work, progress))
         staged = state.stage(STAGED)
         facts = _facts(plan, staged, checkpoint)
@@ -172,6 +196,14 @@ def _begin(plan: Plan, state: State, listener: Listener) -> _Work:
     work = _Work(plan=plan, state=state, listener=listener, log=logs / "build.jsonl")
     work.event("plan", fingerprint=fingerprint_of(plan.fingerprint))
     return work
+
+
+def _take(work: _Work, kept: Bundle) -> None:
+    """Copy what the stages before would have made."""
+    for name, number in taken_folders(work.plan).items():
+        work.run(
+            number, name, lambda progress, name=name: take(kept, name, work.folder(name), progress)
+        )  # type: ignore[misc]
 
 
 def _calibrate(work: _Work, model: LoadedModel, progress: Progress) -> None:
@@ -298,6 +330,7 @@ def _facts(plan: Plan, staged: Path, checkpoint: QuantCheckpoint) -> dict[str, A
         "engines": engine_facts(staged / ENGINES),
         "skipped_engines": dict(plan.skipped_engines),
         "lowering": {"engines": plan.form.lowering, "why": plan.form.reason},
+        **({} if plan.kept is None else {"from": origin(plan)}),
     }
 
 

@@ -122,3 +122,35 @@ def test_another_model_needs_data(model: Path, tmp_path: Path) -> None:
     outcome = run("build", "--model", model, "-o", tmp_path / "out")
     assert (outcome.status, outcome.code) == (2, "E2018")
     assert "--data calib.jsonl" in outcome.document["error"]["fix"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["--model", "tiny-llava-ov"], "--model does not go with --from."),
+        (["--wbits", "3"], "--wbits does not go with --from."),
+        (["--method", "rtn"], "--method does not go with --from."),
+        (["--data", "builtin:shapes"], "--data does not go with --from."),
+        (["--max-context", "128"], "--max-context does not go with --from."),
+        (["--stages", "engine..export"], "Unknown stages 'engine..export'."),
+    ],
+)
+def test_bundle_to_go_on_from_takes_no_option_of_the_stages_before(
+    bundle: Path, tmp_path: Path, line: list[str], words: str
+) -> None:
+    outcome = run("build", "--from", bundle, *line, "-o", tmp_path / "out")
+    assert outcome.status == 2
+    assert words in outcome.document["error"]["message"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_context_may_change_where_graphs_are_written_anew(bundle: Path, tmp_path: Path) -> None:
+    line = ("--stages", "export..", "--max-context", "128", "--target", "cpu", "--dry-run")
+    outcome = run("build", "--from", bundle, *line, "-o", tmp_path / "out")
+    assert outcome.document["error"]["message"] == "There is no engine to build."
+
+
+def test_stages_need_a_bundle(model: Path, tmp_path: Path) -> None:
+    outcome = run("build", "--model", model, "--stages", "engine..", "-o", tmp_path / "out")
+    assert (outcome.status, outcome.code) == (2, "E2002")
+    assert outcome.document["error"]["fix"] == ["--from BUNDLE"]
