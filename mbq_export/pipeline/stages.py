@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -201,9 +202,7 @@ def _begin(plan: Plan, state: State, listener: Listener) -> _Work:
 def _take(work: _Work, kept: Bundle) -> None:
     """Copy what the stages before would have made."""
     for name, number in taken_folders(work.plan).items():
-        work.run(
-            number, name, lambda progress, name=name: take(kept, name, work.folder(name), progress)
-        )  # type: ignore[misc]
+        work.run(number, name, partial(take, kept, name, work.folder(name)))
 
 
 def _calibrate(work: _Work, model: LoadedModel, progress: Progress) -> None:
