@@ -160,6 +160,7 @@ def command(
         require_engine=require_engine,
         engine_timeout_s=engine_timeout,
         command=console.resume,
+        takes_codes=True,
     )
     if dry_run:
         plan = planned(request)

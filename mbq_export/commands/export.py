@@ -10,6 +10,7 @@ from mbq_export.commands import graph_options, options
 from mbq_export.commands.console import Console
 
 AUTO: Final = "auto"
+ONNX: Final = "onnx"
 
 
 def command(
@@ -18,6 +19,13 @@ def command(
         Path, typer.Argument(help="A folder made by quantize, or weights/ of a bundle.")
     ],
     out: options.Out,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="onnx; awq, gptq or compressed-tensors write a checkpoint that other engines read.",
+        ),
+    ] = ONNX,
     lowering: Annotated[
         str,
         typer.Option(
@@ -59,6 +67,10 @@ def command(
     from mbq_export.writing import refuse_existing, refuse_inside, staging
 
     console: Console = context.obj
+    if to != ONNX:
+        _refuse_graph_options(to, context)
+        _hand_over(console, checkpoint, out, to=to, force=force)
+        return
     for_trt = runtime == "trt"
     form = GraphForm(
         target=runtime,
@@ -101,3 +113,48 @@ def command(
     ]
     console.table(("graph", "nodes", "opset", "weight bytes", "plugins"), rows)
     console.finish(record.as_json(), what=f"{out}  {len(record.graphs)} graphs")
+
+
+def _hand_over(console: Console, folder: Path, out: Path, *, to: str, force: bool) -> None:
+    """Write the checkpoint in a format of others."""
+    from mbq_export.checkpoint import QuantCheckpoint
+    from mbq_export.quantize.formats import FORMATS
+    from mbq_export.quantize.handover import ORIGIN_FILE, check_holds, hand_over
+    from mbq_export.writing import refuse_existing, refuse_inside, staging
+
+    form = FORMATS[to]
+    refuse_inside(out, folder)
+    options.refuse_unfinished(out)
+    refuse_existing(out, record=ORIGIN_FILE, force=force)
+    opened = QuantCheckpoint.open(folder)
+    check_holds(opened, form)
+    with staging(out), console.progress("export") as progress:
+        hand_over(opened, form, out, force=force, progress=progress)
+    linears = len(opened.linears)
+    console.finish(
+        {"folder": str(out), "format": form.name, "scheme": opened.scheme_name, "linears": linears},
+        what=f"{out}  {form.name}, {linears} linears",
+    )
+
+
+def _refuse_graph_options(to: str, context: typer.Context) -> None:
+    """Refuse options of graphs where none are written.
+
+    Raises:
+        UsageError: E2002.
+    """
+    from mbq_export.errors import UsageError
+
+    graph = {"lowering", "runtime", "dtype", "kv", "logits", "op_level", "max_context"}
+    given = sorted(
+        name
+        for name in graph & set(context.params)
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    )
+    if given:
+        raise UsageError(
+            "E2002",
+            f"--to {to} contradicts --{given[0].replace('_', '-')}.",
+            why="graphs are written with --to onnx only",
+            fix="leave out one of the two",
+        )

@@ -9,17 +9,26 @@ import typer
 
 from mbq_export.commands import options
 from mbq_export.commands.console import Console
-from mbq_export.errors import located
+from mbq_export.errors import UsageError, located
 
 if TYPE_CHECKING:
+    from mbq_export.checkpoint import QuantCheckpoint
+    from mbq_export.pipeline.plan import Plan
     from mbq_export.pipeline.request import BuildRequest
 
 
 def command(
     context: typer.Context,
     model: options.Model,
-    scales: Annotated[Path, typer.Option("--scales", help="Folder made by calibrate.")],
     out: options.Out,
+    scales: Annotated[
+        Path | None,
+        typer.Option(
+            "--scales",
+            help="Folder made by calibrate. Left out for AWQ, GPTQ and compressed-tensors, whose codes are kept.",
+            show_default=False,
+        ),
+    ] = None,
     wbits: options.WeightBits = None,
     scheme: options.Scheme = None,
     group_size: Annotated[
@@ -35,6 +44,8 @@ def command(
 ) -> None:
     """Fold the scales, round, pack, and write a checkpoint.
 
+    Codes of others are taken over as they are, without --scales.
+
     mbq-export quantize --model tiny-llava-ov --scales scales -o checkpoint
     """
     from mbq_export.channel_scales import ChannelScales
@@ -45,6 +56,22 @@ def command(
     from mbq_export.writing import staging
 
     console: Console = context.obj
+    if scales is None:
+        request = BuildRequest(
+            model=model,
+            out=out,
+            weight_bits=wbits,
+            scheme=scheme,
+            group_size=options.group_size(group_size),
+            targets=("cpu",),
+            models=options.models_folder(),
+            ignore_extra=options.patterns(ignore_extra, "--ignore-extra"),
+            record=CHECKPOINT_FILE,
+            force=force,
+            takes_codes=True,
+        )
+        _take_over(console, request)
+        return
     found = ChannelScales.read(scales)
     request = BuildRequest(
         model=model,
@@ -74,8 +101,46 @@ def command(
             out=out,
             progress=progress,
         )
+    _finish(console, plan, checkpoint)
+
+
+def _take_over(console: Console, request: "BuildRequest") -> None:
+    """Import the codes of another project.
+
+    Raises:
+        UsageError: E2003 if the model's weights are numbers.
+    """
+    from mbq_export.families.loading import refuse_quantized
+    from mbq_export.families.locate import locate, read_config
+    from mbq_export.pipeline.plan import make_plan
+    from mbq_export.quantize.foreign import settings_of
+    from mbq_export.quantize.importing import import_checkpoint
+    from mbq_export.writing import staging
+
+    options.refuse_unfinished(request.out)
+    folder = locate(request.model, models=request.models).folder
+    config = read_config(folder)
+    if settings_of(config) is None:
+        refuse_quantized(folder, config)
+        raise UsageError(
+            "E2003",
+            "--scales is missing.",
+            why=f"{folder.name} has weights to round, and scales decide how",
+            fix=f"mbq-export calibrate --model {request.model} -o DIR, then --scales DIR",
+        )
+    with located("plan"):
+        plan = make_plan(request)
+    assert plan.foreign is not None  # settings were found
+    with staging(request.out), console.progress("import") as progress:
+        checkpoint = import_checkpoint(
+            plan.foreign, plan.load(), out=request.out, progress=progress
+        )
+    _finish(console, plan, checkpoint)
+
+
+def _finish(console: Console, plan: "Plan", checkpoint: "QuantCheckpoint") -> None:
     console.table(("module group", "count", "bits", "reason"), plan.table())
-    linears = checkpoint.info["linears"]
+    linears, out = checkpoint.info["linears"], checkpoint.folder
     console.finish(
         {"checkpoint": str(out), "scheme": checkpoint.scheme_name, "linears": linears},
         what=f"{out}  {len(linears)} linears",

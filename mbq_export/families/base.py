@@ -183,12 +183,19 @@ class Load(Protocol):
 class Check(Protocol):
     """Find what is wrong with a model folder before anything is computed from it."""
 
-    def __call__(self, folder: Path, *, ignore_extra: Sequence[str] = ()) -> None:
+    def __call__(
+        self,
+        folder: Path,
+        *,
+        ignore_extra: Sequence[str] = (),
+        weights: "SourceWeights | None" = None,
+    ) -> None:
         """Read headers only, and raise what `Load` would.
 
         Args:
             folder: As saved by transformers.
             ignore_extra: Regular expressions of stored tensors that may be ignored.
+            weights: Check these, not the folder's own files.
 
         Raises:
             FormatError: E40xx for the config, E41xx for weights, E42xx for the processor files.

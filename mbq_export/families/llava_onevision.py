@@ -178,10 +178,12 @@ def load(
     return empty
 
 
-def check(folder: Path, *, ignore_extra: Sequence[str] = ()) -> None:
+def check(
+    folder: Path, *, ignore_extra: Sequence[str] = (), weights: SourceWeights | None = None
+) -> None:
     """Raise what `load` would, from headers alone."""
     with located(folder.name):
-        _checked(folder, dtype=DTYPES[0], ignore_extra=ignore_extra, weights=None)
+        _checked(folder, dtype=DTYPES[0], ignore_extra=ignore_extra, weights=weights)
 
 
 def _checked(

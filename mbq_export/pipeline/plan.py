@@ -33,6 +33,8 @@ from mbq_export.pipeline.request import (
     scheme_of,
     targets_of,
 )
+from mbq_export.pipeline.take_over import SWITCHES, decided_by, foreign_of
+from mbq_export.quantize.foreign import ForeignCheckpoint
 from mbq_export.reading import sha256_of
 from mbq_export.schemes.base import CHANNEL, QuantScheme, group_name
 from mbq_export.schemes.layouts import LAYOUTS
@@ -73,6 +75,7 @@ class Plan:
         form: Form of the decoder for engines, and the plugins it needs.
         fingerprint: Whatever decides the result.
         kept: Bundle whose weights are taken as they are; None for a build from a model.
+        foreign: The model as codes of another project, which are taken over; None for a model of numbers.
     """
 
     request: BuildRequest
@@ -88,6 +91,7 @@ class Plan:
     form: EngineForm
     fingerprint: Mapping[str, object]
     kept: Bundle | None = None
+    foreign: ForeignCheckpoint | None = None
 
     @property
     def scheme_name(self) -> str:
@@ -129,7 +133,9 @@ class Plan:
         return self.quantized_weights <= REFERENCE_LIMIT_WEIGHTS
 
     def load(self) -> LoadedModel:
-        """Read the model."""
+        """Read the model; decoder blocks whose weights are codes stay empty."""
+        if self.foreign is not None:
+            return self.foreign.load(ignore_extra=self.request.ignore_extra)
         return self.family.load(self.source.folder, ignore_extra=self.request.ignore_extra)
 
     def table(self) -> list[tuple[str, int, str, str]]:
@@ -162,7 +168,6 @@ def make_plan(request: BuildRequest) -> Plan:
         ResourceError: E5002 or E5003 if disk or memory cannot suffice.
     """
     refuse_existing(request.out, record=request.record, force=request.force)
-    scheme = scheme_of(request)
     check_gate(request)
     check_runtime(request)
     source = locate(request.model, models=request.models)
@@ -170,12 +175,20 @@ def make_plan(request: BuildRequest) -> Plan:
     config = read_config(source.folder)
     family = family_of(config)
     text = family.text_shape(config)
+    foreign = foreign_of(request, source, config=config, family=family)
+    if foreign is not None:
+        request = decided_by(request, foreign)
+    scheme = scheme_of(request)
     if scheme is not None:
         for _, k in linear_shapes(text).values():
             scheme.check_columns(k, group_size_of(request, scheme))
     check_context(request, text, family.vision_shape(config))
-    family.check(source.folder, ignore_extra=request.ignore_extra)
-    switches = METHODS[request.method].resolve(request.replaced)
+    family.check(
+        source.folder,
+        ignore_extra=request.ignore_extra,
+        weights=None if foreign is None else foreign.described,
+    )
+    switches = METHODS[request.method].resolve(request.replaced) if foreign is None else SWITCHES
     targets, skipped = targets_of(request)
     plan = Plan(
         request=request,
@@ -185,7 +198,7 @@ def make_plan(request: BuildRequest) -> Plan:
         text=text,
         scheme=scheme,
         switches=switches,
-        data=data_of(request) if scheme is not None else None,
+        data=data_of(request) if scheme is not None and foreign is None else None,
         targets=targets,
         skipped_engines=skipped,
         form=engine_form(
@@ -197,6 +210,7 @@ def make_plan(request: BuildRequest) -> Plan:
             built=[target for target in targets if str(target) not in skipped],
         ),
         fingerprint={},
+        foreign=foreign,
     )
     request.engines.check(plan.max_context, targets)
     if plan.lowering == "qdq" or not plan.with_reference:
@@ -247,6 +261,8 @@ def check_room(plan: Plan) -> None:
         ResourceError: E5002, E5003.
     """
     weights = sum(path.stat().st_size for path in plan.source.folder.glob("*.safetensors"))
+    if plan.foreign is not None:
+        weights += plan.quantized_weights * 2  # the factors are of files in 16 bits
     place = plan.request.out.absolute().parent
     while not place.exists():
         place = place.parent

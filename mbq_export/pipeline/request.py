@@ -58,6 +58,7 @@ class BuildRequest:
         bundle: Finished bundle to go on from, instead of a model.
         first: Stage to go on at then: ``export`` or ``engine``.
         command: The command line, for provenance and the resume hint.
+        takes_codes: Accept a model that another project quantized, and take its codes over as they are.
     """
 
     model: str
@@ -88,6 +89,7 @@ class BuildRequest:
     bundle: Path | None = None
     first: str = "engine"
     command: str = ""
+    takes_codes: bool = False
 
 
 def scheme_of(request: BuildRequest) -> QuantScheme | None:

@@ -38,7 +38,8 @@ from mbq_export.pipeline.plan import Plan, machine_class, make_plan, package_ver
 from mbq_export.pipeline.plugins import pack_library
 from mbq_export.pipeline.request import BuildRequest
 from mbq_export.progress import Progress
-from mbq_export.quantize import quantize
+from mbq_export.quantize import STAGE, quantize
+from mbq_export.quantize.importing import import_checkpoint
 from mbq_export.reading import read_json
 from mbq_export.report import Report
 from mbq_export.state import State, fingerprint_of
@@ -214,6 +215,11 @@ def _calibrate(work: _Work, model: LoadedModel, progress: Progress) -> None:
 
 def _quantize(work: _Work, model: LoadedModel, progress: Progress) -> None:
     plan = work.plan
+    if plan.foreign is not None:
+        staged = work.state.stage(STAGE)
+        out = work.folder(WEIGHTS)
+        import_checkpoint(plan.foreign, model, out=out, staged=staged, progress=progress)
+        return
     quantize(
         model,
         ChannelScales.read(work.folder(CALIBRATION)),

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import torch
 
-from mbq_export.errors import FormatError, InternalError, located
+from mbq_export.errors import FormatError, located
 from mbq_export.families.base import linear_shapes
 from mbq_export.families.weights import SourceWeights, StoredTensor, shortened
 from mbq_export.quantize.formats import FORMATS
@@ -30,13 +31,13 @@ from mbq_export.quantize.formats.base import (
 )
 from mbq_export.reading import TensorEntry
 from mbq_export.schemes.base import check_packed
+from mbq_export.schemes.oracle import dequantized
 from mbq_export.tensor_file import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    import torch
     from numpy.typing import NDArray
 
     from mbq_export.families.base import Config, LoadedModel, ModelFamily
@@ -124,7 +125,7 @@ class ForeignCheckpoint:
 
     @property
     def described(self) -> SourceWeights:
-        """The files as those of a model with weights: what families check, and read all but the blocks from."""
+        """The files as those of a model with weights: what families check, and load from."""
         rest = {
             name: tensor
             for name, tensor in self.stored.tensors.items()
@@ -137,10 +138,12 @@ class ForeignCheckpoint:
             )
             for name, shape in self.shapes.items()
         }
-        return _Described(folder=self.folder, tensors=rest | codes, stamps=self.stored.stamps)
+        return _Described(
+            folder=self.folder, tensors=rest | codes, stamps=self.stored.stamps, source=self
+        )
 
     def load(self, *, ignore_extra: Sequence[str] = ()) -> LoadedModel:
-        """Check every file and load all but the decoder blocks, whose weights do not exist as numbers.
+        """Check every file and load all but the decoder blocks.
 
         Raises:
             FormatError: As `families.base.Load`.
@@ -195,14 +198,22 @@ class ForeignCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class _Described(SourceWeights):
-    """Looks like the files of a model, as long as nobody reads a weight that is codes."""
+    """Looks like the files of a model; a weight that is codes comes as what they stand for."""
+
+    source: ForeignCheckpoint
 
     def read(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Read a tensor that is no codes."""
-        entry = self.tensors[name].entry
-        if entry.start == entry.end:
-            raise InternalError("E9001", f"{name} is codes, and was read as numbers.")
-        return super().read(name, dtype=dtype)
+        """Read a tensor; codes are dequantized to float32, for looking at what the model computes.
+
+        Raises:
+            FormatError: As `SourceWeights.read` and `ForeignCheckpoint.linear`.
+        """
+        linear = name.removesuffix(".weight")
+        if linear not in self.source.shapes or linear == name:
+            return super().read(name, dtype=dtype)
+        weight, _ = self.source.linear(linear)
+        tensor = torch.from_numpy(dequantized(weight).astype(np.float32))
+        return tensor if dtype is None else tensor.to(dtype)
 
 
 def _check_division(

@@ -62,11 +62,11 @@ def recipe(config: Mapping[str, Any]) -> Recipe:
     choice(config, "is_marlin_format", (False,), default=False)
     choice(config, "lm_head", (False,), default=False)
     choice(config, "pack_dtype", ("int32", None), default="int32")
-    for name in config.get("dynamic") or {}:
-        if not str(name).startswith(NOT_HERE):
-            raise refused(
-                f"dynamic of quantization_config changes {str(name)[:80]!r}.", "one width for all"
-            )
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, dict) or not all(name.startswith(NOT_HERE) for name in dynamic):
+        raise refused(
+            f"dynamic of quantization_config is {str(dynamic)[:80]!r}.", "all linears are alike"
+        )
     symmetric = choice(config, "sym", (True, False), default=True)
     if variant == V1 and not symmetric:
         logger.warning(
