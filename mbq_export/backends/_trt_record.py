@@ -174,6 +174,7 @@ def _engine_entry(graph: EngineGraph, engine: EngineFile, request: EngineRequest
         "bytes": engine.size,
         "onnx": {path.name: sha256_of(path) for path in graph_files(graph.onnx)},
         "lowering": graph.lowering,
+        "dtype": graph.dtype,
         "inputs": [asdict(spec) for spec in graph.inputs],
         "outputs": [asdict(spec) for spec in graph.outputs],
         "profiles": [{spec.name: profile_shapes(spec, graph) for spec in graph.inputs}],

@@ -122,7 +122,7 @@ class EngineGraph:
     """One ONNX file to compile, and what the result must look like.
 
     Attributes:
-        name: Stem of the engine file: ``decoder`` or ``vision``.
+        name: Stem of the engine file: ``decoder``, ``vision`` or ``embed``.
         onnx: The file; external data beside it.
         inputs: Contract of the graph, sizes that vary as symbols.
         outputs: The same for its results.
@@ -133,6 +133,7 @@ class EngineGraph:
         weight_bytes: Bytes of all constants by the exporter's count, or None to skip that check.
         plugin_layers: Names of the nodes that must become plugin layers, by operator.
         lowering: Form of the graph, recorded.
+        dtype: Type of its activations, recorded: ``fp16`` or ``bf16``.
     """
 
     name: str
@@ -146,6 +147,7 @@ class EngineGraph:
     weight_bytes: int | None = None
     plugin_layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lowering: str = "qdq"
+    dtype: str = "fp16"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -87,6 +87,8 @@ def command(
     weight_streaming: engine_options.WeightStreaming = False,
     timing_cache: engine_options.TimingCache = None,
     one_plan: engine_options.OnePlan = False,
+    engine_dtype: engine_options.Dtype = "auto",
+    embed_engine: engine_options.EmbedEngine = False,
     plugin_lib: engine_options.PluginLib = None,
     require_engine: Annotated[
         bool, typer.Option("--require-engine", help="Fail if an engine cannot be built here.")
@@ -146,6 +148,8 @@ def command(
             weight_streaming=weight_streaming,
             timing_cache=timing_cache,
             one_plan=one_plan,
+            dtype=engine_dtype,
+            embed_engine=embed_engine,
         ),
         max_context=max_context,
         seed=console.seed,
@@ -228,4 +232,5 @@ def _summary(result: "BuildResult", out: Path) -> dict[str, Any]:
         "engines": result.facts["engines"],
         "skipped_engines": result.skipped_engines,
         "lowering": result.facts["lowering"],
+        "engine_dtype": result.facts["engine_dtype"],
     }

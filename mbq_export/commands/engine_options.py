@@ -48,6 +48,21 @@ TimingCache = Annotated[
         show_default=False,
     ),
 ]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--engine-dtype",
+        help="Activations of engines: fp16; bf16, for plugins, w4a8 and the baseline; auto: bf16 if a calibration "
+        "sample leaves less than a factor of two to the end of fp16.",
+    ),
+]
+EmbedEngine = Annotated[
+    bool,
+    typer.Option(
+        "--embed-engine",
+        help="Also build an engine of the embedding, which the host looks up otherwise.",
+    ),
+]
 OnePlan = Annotated[
     bool,
     typer.Option("--one-plan", help="One engine for all :rtx targets, instead of one for each."),

@@ -116,6 +116,7 @@ def continued_plan(request: BuildRequest) -> Plan:
         kept=bundle,
     )
     request.engines.check(plan.max_context, targets)
+    request.engines.check_dtype(plan.lowering, scheme)
     check_room(plan)
     model = {name: bundle.manifest["source"][name] for name in ("config", "shards")}
     return replace(plan, fingerprint={**fingerprint(plan, model), "from": origin(plan)})

@@ -8,9 +8,15 @@ from typing import Any, Final
 from mbq_export.backends._trt_preflight import check_options
 from mbq_export.backends.base import BuilderOptions, SizeRange
 from mbq_export.errors import UsageError
+from mbq_export.export.lowerings import LOWERINGS
 from mbq_export.reading import sha256_of
+from mbq_export.schemes.base import QuantScheme
 from mbq_export.target import Target
 
+AUTO: Final = "auto"
+FP16: Final = "fp16"
+BF16: Final = "bf16"
+DTYPES: Final = (AUTO, FP16, BF16)
 TYPICAL_TILES: Final = 5
 LARGEST_CHUNK: Final = 512
 """Tokens of one prefill call; a longer prompt is fed in chunks (TENSORRT 11)."""
@@ -29,6 +35,8 @@ class EngineOptions:
         weight_streaming: Let the device keep weights in host memory.
         timing_cache: File with the times that an earlier build measured; full TensorRT only.
         one_plan: One engine for all targets of a flavour, instead of one each.
+        dtype: Type of activations: ``fp16``, ``bf16``, or ``auto`` for what the model's activations need.
+        embed_engine: Also build an engine that looks embeddings up, which the host does otherwise.
     """
 
     plugin_lib: Path | None = None
@@ -39,6 +47,8 @@ class EngineOptions:
     weight_streaming: bool = False
     timing_cache: Path | None = None
     one_plan: bool = False
+    dtype: str = AUTO
+    embed_engine: bool = False
 
     def check(self, max_context: int, targets: Sequence[Target] = ()) -> None:
         """Refuse sizes that contradict each other, and what the builder of a target cannot do.
@@ -55,6 +65,34 @@ class EngineOptions:
                 f"--opt-tokens {self.opt_tokens} is more than an engine takes in one call.",
                 why=f"a call has at most {chunk} tokens; a longer prompt is fed in parts",
                 fix=f"--opt-tokens {chunk}",
+            )
+
+    def check_dtype(self, lowering: str | None, scheme: QuantScheme | None) -> None:
+        """Refuse a type that does not exist, or that the form of the decoder is not written in.
+
+        Args:
+            lowering: Form of the decoder; None if there are no engines.
+            scheme: Number format; None for the unquantized baseline.
+
+        Raises:
+            UsageError: E2001, E2002.
+        """
+        if self.dtype not in DTYPES:
+            raise UsageError(
+                "E2001",
+                f"Unknown --engine-dtype {self.dtype!r}.",
+                why=f"known: {', '.join(DTYPES)}",
+                fix=f"--engine-dtype {AUTO}",
+            )
+        if lowering is None or self.dtype == AUTO:
+            return
+        reason = LOWERINGS[lowering].misfit(scheme, "trt", self.dtype)
+        if reason is not None:
+            raise UsageError(
+                "E2002",
+                f"There are no {self.dtype} engines of --lowering {lowering} here.",
+                why=reason,
+                fix=("mbq-export plugins build, and --lowering plugin", f"--engine-dtype {FP16}"),
             )
 
     def plans(self, targets: Sequence[Target]) -> list[tuple[Target, ...]]:
@@ -83,6 +121,11 @@ class EngineOptions:
         typical = min(TYPICAL_TILES, self.max_tiles)
         return {symbol: SizeRange(smallest=1, typical=typical, largest=self.max_tiles)}
 
+    def embed_sizes(self, max_context: int) -> dict[str, SizeRange]:
+        """Range of every symbol of the embedding, which takes a prompt at once."""
+        length = SizeRange(smallest=1, typical=self.opt_tokens, largest=max_context)
+        return {**self.decoder_sizes(max_context), "sequence_length": length}
+
     def builder(self) -> BuilderOptions:
         """The part that the builder is told."""
         return BuilderOptions(
@@ -102,4 +145,6 @@ class EngineOptions:
             "weight_streaming": self.weight_streaming,
             "timing_cache": sha256_of(cache) if cache is not None and cache.is_file() else None,
             "one_plan": self.one_plan,
+            "dtype": self.dtype,
+            "embed_engine": self.embed_engine,
         }

@@ -1,6 +1,7 @@
 """From exported graphs to one engine folder per device: what to compile, and what must come out."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ from mbq_export.reading import read_json
 from mbq_export.schemes import SCHEMES
 
 ENGINE_FACTS: Final = (
-    "bytes", "sha256", "layers", "lowering", "plugin_layers_expected", "plugin_layers_found", "checks",
+    "bytes", "sha256", "layers", "lowering", "dtype", "plugin_layers_expected", "plugin_layers_found", "checks",
 )  # fmt: skip
 """What a manifest repeats of each engine."""
 
@@ -31,7 +32,7 @@ ENGINE_FACTS: Final = (
 def build_engines(
     plan: Plan, record: ExportRecord, *, onnx: Path, out: Path, logs: Path, progress: Progress
 ) -> dict[str, EngineRecord]:
-    """Build vision and decoder engines for every target that this machine can serve.
+    """Build vision, decoder and, if asked for, embedding engines for every target that this machine can serve.
 
     Args:
         plan: Targets, limits and skipped targets.
@@ -109,14 +110,19 @@ def _demand(record: EngineRecord) -> None:
 
 
 def _graphs(plan: Plan, record: ExportRecord, onnx: Path) -> list[EngineGraph]:
-    graphs = []
+    options, graphs = plan.request.engines, []
+    decoders = [graph for graph in record.graphs if graph.form and graph.form.target == "trt"]
+    dtypes = {graph.dtype for graph in decoders}
     for graph in record.graphs:
-        if graph.form is not None and graph.form.target == "trt":
-            sizes = plan.request.engines.decoder_sizes(plan.max_context)
+        if graph in decoders:
+            sizes = options.decoder_sizes(plan.max_context)
             graphs.append(engine_graph("decoder", graph, onnx, sizes))
-        elif graph.name == "vision_encoder" and graph.dtype == "fp16":
-            sizes = plan.request.engines.vision_sizes(str(graph.inputs[0].shape[0]))
+        elif graph.name == "vision_encoder" and graph.dtype in dtypes:
+            sizes = options.vision_sizes(str(graph.inputs[0].shape[0]))
             graphs.append(engine_graph("vision", graph, onnx, sizes))
+        elif graph.name == "embed_tokens" and graph.dtype in dtypes and options.embed_engine:
+            table = engine_graph("embed", graph, onnx, options.embed_sizes(plan.max_context))
+            graphs.append(replace(table, weight_bytes=graph.weight_bytes))
     return graphs
 
 
@@ -150,6 +156,7 @@ def engine_graph(
         ),
         plugin_layers=graph.plugin_layers,
         lowering="none" if graph.form is None else graph.form.lowering,
+        dtype=graph.dtype,
         attention_layers=graph.attention_layers or None,
         kv_updates=graph.kv_updates or None,
         weight_bytes=graph.weight_bytes if quantized else None,

@@ -213,6 +213,7 @@ def make_plan(request: BuildRequest) -> Plan:
         foreign=foreign,
     )
     request.engines.check(plan.max_context, targets)
+    request.engines.check_dtype(plan.lowering, scheme)
     if plan.lowering == "qdq" or not plan.with_reference:
         _check_qdq(plan)
     check_room(plan)

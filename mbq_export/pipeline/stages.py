@@ -33,6 +33,8 @@ from mbq_export.pipeline.continuing import (
     take,
     taken_folders,
 )
+from mbq_export.pipeline.engine_dtype import chosen_dtype, known_dtype
+from mbq_export.pipeline.engine_options import BF16, FP16
 from mbq_export.pipeline.engines import build_engines, engine_facts
 from mbq_export.pipeline.plan import Plan, machine_class, make_plan, package_versions
 from mbq_export.pipeline.plugins import pack_library
@@ -124,7 +126,8 @@ def planned(request: BuildRequest) -> Plan:
         if request.bundle is None:
             return make_plan(request)
         plan = continued_plan(request)
-        check_graphs(plan, graph_forms(plan))
+        dtype = known_dtype(plan, request.bundle / CALIBRATION)
+        check_graphs(plan, graph_forms(plan, dtype.name))
     return plan
 
 
@@ -207,10 +210,14 @@ def _take(work: _Work, kept: Bundle) -> None:
 
 
 def _calibrate(work: _Work, model: LoadedModel, progress: Progress) -> None:
+    dtype = chosen_dtype(work.plan, model)
+    if dtype.name == BF16:
+        work.listener.note(f"      engines     {BF16}: {dtype.reason}")
     scales = channel_scales(
         work.plan, model, work.listener.note, state=work.state, progress=progress
     )
     scales.write(work.folder(CALIBRATION))
+    dtype.write(work.folder(CALIBRATION))
 
 
 def _quantize(work: _Work, model: LoadedModel, progress: Progress) -> None:
@@ -231,8 +238,8 @@ def _quantize(work: _Work, model: LoadedModel, progress: Progress) -> None:
     )
 
 
-def graph_forms(plan: Plan) -> tuple[GraphForm, ...]:
-    """Decoder graphs that the targets and the gates need."""
+def graph_forms(plan: Plan, dtype: str = FP16) -> tuple[GraphForm, ...]:
+    """Decoder graphs that the targets and the gates need; those for engines in ``dtype``."""
     forms = []
     if plan.with_qdq:
         forms.append(GraphForm(lowering="qdq", target="ort", max_context=plan.max_context))
@@ -243,7 +250,7 @@ def graph_forms(plan: Plan) -> tuple[GraphForm, ...]:
             GraphForm(
                 lowering=plan.lowering,
                 target="trt",
-                dtype="fp16",
+                dtype=dtype,
                 kv="static",
                 logits="last",
                 max_context=plan.max_context,
@@ -256,9 +263,8 @@ def _export(work: _Work, checkpoint: QuantCheckpoint, progress: Progress) -> Non
     out = work.folder(ONNX)
     if out.exists():
         shutil.rmtree(out)
-    export(
-        checkpoint, out, family=work.plan.family, forms=graph_forms(work.plan), progress=progress
-    )
+    forms = graph_forms(work.plan, known_dtype(work.plan, work.folder(CALIBRATION)).name)
+    export(checkpoint, out, family=work.plan.family, forms=forms, progress=progress)
 
 
 def _engines(work: _Work, progress: Progress) -> None:
@@ -318,6 +324,7 @@ def _override(plan: Plan) -> dict[str, str] | None:
 def _facts(plan: Plan, staged: Path, checkpoint: QuantCheckpoint) -> dict[str, Any]:
     fingerprint = plan.fingerprint
     calib = read_json(staged / CALIBRATION / "calib.json", code="E4314")
+    dtype = known_dtype(plan, staged / CALIBRATION)
     return {
         "tool": {"name": "mbq-export", "version": __version__, "packages": package_versions()},
         "plan_hash": fingerprint_of(fingerprint),
@@ -335,6 +342,7 @@ def _facts(plan: Plan, staged: Path, checkpoint: QuantCheckpoint) -> dict[str, A
         "engines": engine_facts(staged / ENGINES),
         "skipped_engines": dict(plan.skipped_engines),
         "lowering": {"engines": plan.form.lowering, "why": plan.form.reason},
+        "engine_dtype": None if plan.lowering is None else dtype.facts(),
         **({} if plan.kept is None else {"from": origin(plan)}),
     }
 

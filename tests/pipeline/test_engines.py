@@ -14,6 +14,8 @@ from mbq_export.backends.base import EngineRecord
 from mbq_export.channel_scales import ChannelScales, Switches
 from mbq_export.errors import GateError
 from mbq_export.export import ExportRecord, export
+from mbq_export.pipeline.engine_dtype import chosen_dtype
+from mbq_export.pipeline.engine_options import EngineOptions
 from mbq_export.pipeline.engines import build_engines, engine_facts
 from mbq_export.pipeline.plan import Plan, make_plan
 from mbq_export.pipeline.request import BuildRequest
@@ -67,7 +69,8 @@ def export_rounded(root: Path, **changes: Any) -> Exported:
         group_size=plan.group_size,
         out=root / "weights",
     )
-    forms = tuple(form for form in graph_forms(plan) if form.target == "trt")
+    dtype = chosen_dtype(plan, sample_model()).name
+    forms = tuple(form for form in graph_forms(plan, dtype) if form.target == "trt")
     onnx = root / "onnx"
     return Exported(plan, onnx, export(checkpoint, onnx, family=plan.family, forms=forms))
 
@@ -144,8 +147,11 @@ def test_linear_that_is_not_packed_stops_the_build(exported: Exported, tmp_path:
     assert "no Int4 constant: lm_head" in error.value.why
 
 
-def test_rounded_activations_become_integer_products(tmp_path: Path) -> None:
-    exported = export_rounded(tmp_path, targets=("rtx4090:rtx",), scheme="w4a8")
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_rounded_activations_become_integer_products(tmp_path: Path, dtype: str) -> None:
+    exported = export_rounded(
+        tmp_path, targets=("rtx4090:rtx",), scheme="w4a8", engines=EngineOptions(dtype=dtype)
+    )
     (record,) = make(exported, tmp_path).values()
     checks = {check.name: check.ok for check in record.engines["decoder"].checks}
     assert checks["engine.A4"] is True

@@ -161,6 +161,37 @@ def test_sample_gets_every_planned_plugin_on_every_device_twice_the_same(
 @pytest.mark.nvcc
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_bfloat16_engines_hold_every_planned_plugin_and_one_is_the_embedding(
+    tmp_path: Path,
+) -> None:
+    library = plugin_graphs.library().path
+    options = EngineOptions(plugin_lib=library, dtype="bf16", embed_engine=True)
+    exported = export_rounded(
+        tmp_path, lowering="plugin", targets=("rtx4090:rtx",), engines=options
+    )
+    assert {graph.file.partition(".")[0] for graph in exported.record.graphs} == {
+        "decoder_model_merged_plugin_bf16",
+        "embed_tokens_bf16",
+        "vision_encoder_bf16",
+    }
+    (path,) = built(exported, tmp_path / "built").rglob("engine.json")
+    engines = json.loads(path.read_text())["engines"]
+    assert set(engines) == {"decoder", "vision", "embed"}
+    for name, engine in engines.items():
+        assert engine["dtype"] == "bf16"
+        assert [check["name"] for check in engine["checks"] if not check["pass"]] == [], name
+    assert engines["decoder"]["plugin_layers_found"] == PLANNED["w3a16"]
+    kinds = {port["name"]: port["dtype"] for port in engines["decoder"]["inputs"]}
+    assert kinds["inputs_embeds"] == kinds["past_key_values.0.key"] == "bfloat16"
+    assert engines["decoder"]["outputs"][0]["dtype"] == "float32"
+    assert engines["embed"]["profiles"][0] == {"input_ids": [[1, 1], [1, 1], [1, 512]]}
+    assert "engine.A7" in [check["name"] for check in engines["embed"]["checks"]]
+
+
+@pytest.mark.trt
+@pytest.mark.nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_one_plan_serves_all_devices_with_the_options_that_were_asked_for(tmp_path: Path) -> None:
     options = EngineOptions(
         plugin_lib=plugin_graphs.library().path,
