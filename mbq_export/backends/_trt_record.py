@@ -174,6 +174,8 @@ def _engine_entry(graph: EngineGraph, engine: EngineFile, request: EngineRequest
         "bytes": engine.size,
         "onnx": {path.name: sha256_of(path) for path in graph_files(graph.onnx)},
         "lowering": graph.lowering,
+        "op_level": graph.op_level,
+        "kv": graph.kv,
         "dtype": graph.dtype,
         "inputs": [asdict(spec) for spec in graph.inputs],
         "outputs": [asdict(spec) for spec in graph.outputs],

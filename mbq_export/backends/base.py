@@ -133,6 +133,8 @@ class EngineGraph:
         weight_bytes: Bytes of all constants by the exporter's count, or None to skip that check.
         plugin_layers: Names of the nodes that must become plugin layers, by operator.
         lowering: Form of the graph, recorded.
+        op_level: Name of its op level, recorded.
+        kv: Its cache, recorded: ``static``, ``concat``, or ``none``.
         dtype: Type of its activations, recorded: ``fp16`` or ``bf16``.
     """
 
@@ -147,6 +149,8 @@ class EngineGraph:
     weight_bytes: int | None = None
     plugin_layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lowering: str = "qdq"
+    op_level: str = ""
+    kv: str = "none"
     dtype: str = "fp16"
 
 

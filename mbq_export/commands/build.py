@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from mbq_export.commands import engine_options, options
+from mbq_export.commands import engine_options, graph_options, options
 from mbq_export.commands.console import Console
 from mbq_export.errors import UsageError
 
@@ -80,6 +80,8 @@ def command(
             "--max-context", help="Longest sequence of the graphs.", min=1, show_default=False
         ),
     ] = None,
+    op_level: graph_options.OpLevel = "auto",
+    kv: graph_options.Cache = None,
     max_batch: engine_options.MaxBatch = 1,
     max_tiles: engine_options.MaxTiles = 10,
     opt_tokens: engine_options.OptTokens = 1,
@@ -151,6 +153,8 @@ def command(
             dtype=engine_dtype,
             embed_engine=embed_engine,
         ),
+        op_level=op_level,
+        kv=kv,
         max_context=max_context,
         seed=console.seed,
         text_only_ok=text_only_ok,

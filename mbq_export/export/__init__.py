@@ -206,7 +206,7 @@ class _Export:
             table = embed.embed_graph(
                 self.checkpoint, family=self.family, dtype=dtype, profile=profile
             )
-            yield self.written(table, file_name(embed.GRAPH_NAME, dtype), dtype)
+            yield self.written(table, file_name(embed.GRAPH_NAME, dtype), dtype, profile)
         for form in forms:
             with located(form.file_name):
                 yield self.decoder(form)
@@ -215,7 +215,7 @@ class _Export:
         for dtype in sorted(dtypes, key=DTYPES.index):
             graph = traced if dtype == "fp32" else vision.halved(traced, dtype)
             file = file_name(vision.GRAPH_NAME, dtype)
-            yield self.written(graph, file, dtype, _traced_limits(levels))
+            yield self.written(graph, file, dtype, profile, _traced_limits(levels))
 
     def profile(self, form: GraphForm) -> OpProfile:
         """Op level of a decoder of this checkpoint."""
@@ -233,9 +233,8 @@ class _Export:
             logger.info("%s: %s", form.file_name, reason)
         linears = linear_nodes(model)
         LOWERINGS[form.lowering].lower(model, form.target)
-        record = self.written(
-            model, form.file_name, form.dtype, Limits(target=form.target, allowed=profile.ops)
-        )
+        limits = Limits(target=form.target, allowed=profile.ops)
+        record = self.written(model, form.file_name, form.dtype, profile, limits)
         return replace(
             record,
             form=form,
@@ -246,7 +245,9 @@ class _Export:
             plugin_layers=_plugin_layers(model, linears) if form.lowering == "plugin" else {},
         )
 
-    def written(self, model: ir.Model, file: str, dtype: str, limits: Limits = ANY) -> GraphRecord:
+    def written(
+        self, model: ir.Model, file: str, dtype: str, profile: OpProfile, limits: Limits = ANY
+    ) -> GraphRecord:
         """Save, check and describe one graph."""
         path = self.folder / file
         data = save_graph(model, path)
@@ -257,6 +258,7 @@ class _Export:
             data=tuple(each.name for each in data),
             dtype=dtype,
             opset=model.opset_imports[""],
+            op_level=profile.name,
             inputs=ports_of(model.graph.inputs),
             outputs=ports_of(model.graph.outputs),
             nodes=nodes,

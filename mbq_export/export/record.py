@@ -155,6 +155,7 @@ class GraphRecord:
         data: Its external data files.
         dtype: Type of activations.
         opset: Version of the standard operators.
+        op_level: Name of the op level that it was written for; empty in files of earlier releases.
         inputs: In graph order.
         outputs: In graph order.
         nodes: Number of nodes by operator, with the domain where it is not the standard one.
@@ -181,6 +182,7 @@ class GraphRecord:
     weight_bytes: int
     sha256: dict[str, str]
     form: GraphForm | None = None
+    op_level: str = ""
     scheme: str = "none"
     layouts: dict[str, int] = field(default_factory=dict)
     linears: tuple[LinearNode, ...] = ()

@@ -18,13 +18,14 @@ from mbq_export.backends.base import (
 from mbq_export.checkpoint import KEPT
 from mbq_export.errors import GateError, InternalError, located
 from mbq_export.export.record import ExportRecord, GraphRecord, Port
+from mbq_export.pipeline.levels import GROWING, growing_sizes
 from mbq_export.pipeline.plan import Plan
 from mbq_export.progress import Progress, silent
 from mbq_export.reading import read_json
 from mbq_export.schemes import SCHEMES
 
 ENGINE_FACTS: Final = (
-    "bytes", "sha256", "layers", "lowering", "dtype", "plugin_layers_expected", "plugin_layers_found", "checks",
+    "bytes", "sha256", "layers", "lowering", "op_level", "kv", "dtype", "plugin_layers_expected", "plugin_layers_found", "checks",
 )  # fmt: skip
 """What a manifest repeats of each engine."""
 
@@ -116,6 +117,8 @@ def _graphs(plan: Plan, record: ExportRecord, onnx: Path) -> list[EngineGraph]:
     for graph in record.graphs:
         if graph in decoders:
             sizes = options.decoder_sizes(plan.max_context)
+            if graph.form is not None and graph.form.kv == GROWING:
+                sizes = growing_sizes(sizes, plan.max_context)
             graphs.append(engine_graph("decoder", graph, onnx, sizes))
         elif graph.name == "vision_encoder" and graph.dtype in dtypes:
             sizes = options.vision_sizes(str(graph.inputs[0].shape[0]))
@@ -156,6 +159,8 @@ def engine_graph(
         ),
         plugin_layers=graph.plugin_layers,
         lowering="none" if graph.form is None else graph.form.lowering,
+        op_level=graph.op_level,
+        kv="none" if graph.form is None else graph.form.kv,
         dtype=graph.dtype,
         attention_layers=graph.attention_layers or None,
         kv_updates=graph.kv_updates or None,

@@ -23,6 +23,7 @@ from mbq_export.export.lowerings import LOWERINGS
 from mbq_export.families.base import LoadedModel, ModelFamily, TextShape, linear_shapes
 from mbq_export.families.locate import ModelSource, family_of, locate, read_config
 from mbq_export.native import available_memory
+from mbq_export.pipeline.levels import Level, engine_level
 from mbq_export.pipeline.plugins import EngineForm, engine_form
 from mbq_export.pipeline.request import (
     BuildRequest,
@@ -112,6 +113,15 @@ class Plan:
     def lowering(self) -> str | None:
         """Form of the decoder that engines are built from; None if there are none to build."""
         return self.form.lowering
+
+    @property
+    def level(self) -> Level:
+        """Operators and cache of the decoder that engines are built from.
+
+        Raises:
+            UsageError: E2001, E2002, E2012, see `engine_level`.
+        """
+        return engine_level(self.request.op_level, self.request.kv, targets=self.targets)
 
     @property
     def quantized_weights(self) -> int:
@@ -305,6 +315,8 @@ def fingerprint(plan: Plan, model: Mapping[str, object]) -> dict[str, object]:
             "max_context": plan.max_context,
             "targets": [str(target) for target in plan.targets],
             "lowering": plan.lowering,
+            "op_level": plan.level.op_level,
+            "kv": plan.level.kv,
             "plugins": None if plan.form.library is None else plan.form.library.sha256,
             "engines": request.engines.fingerprint(),
         },

@@ -11,11 +11,11 @@ from mbq_export.backends.ort import check_packages, installed_packages
 from mbq_export.bundle import MANIFEST
 from mbq_export.calibrate.data import CalibrationData, read_manifest
 from mbq_export.errors import MachineError, UsageError
-from mbq_export.export.profile import OPSET24
 from mbq_export.families.base import TextShape, VisionShape
 from mbq_export.families.locate import SHIPPED
 from mbq_export.native import local_gpu
 from mbq_export.pipeline.engine_options import EngineOptions
+from mbq_export.pipeline.levels import check_version
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import QuantScheme
 from mbq_export.target import AUTO, SERVED, Target
@@ -42,6 +42,8 @@ class BuildRequest:
         targets: Devices, for example ``rtx4090:rtx``.
         lowering: Form of the decoder that engines are built from: ``plugin``, ``qdq`` or ``auto``.
         engines: How they are built.
+        op_level: Operators that graphs for engines may use, or ``auto`` for what all targets read.
+        kv: Cache of the decoder for engines: ``static``, ``concat``, or None for the better one of what targets read.
         max_context: Longest sequence of the graphs; None takes the model's own limit, at most 4096.
         seed: Every random choice.
         text_only_ok: Accept calibration data without pictures.
@@ -73,6 +75,8 @@ class BuildRequest:
     targets: tuple[str, ...] = ("auto",)
     lowering: str = "auto"
     engines: EngineOptions = field(default_factory=EngineOptions)
+    op_level: str = "auto"
+    kv: str | None = None
     max_context: int | None = None
     seed: int = 0
     text_only_ok: bool = False
@@ -246,16 +250,10 @@ def _known_version(target: Target, version: str) -> Target:
     """The target with the version that is installed, whose operators a graph may use.
 
     Raises:
-        UsageError: E2012 if it reads no graph that this release writes.
+        UsageError: E2012 if it is older than any that graphs are written for.
     """
     numbers = [int(part) for part in version.split(".")[:2] if part.isdecimal()]
     if len(numbers) == 2:
         target = replace(target, version=(numbers[0], numbers[1]))
-    if target.op_level >= OPSET24.level:
-        return target
-    raise UsageError(
-        "E2012",
-        f"TensorRT {version} reads no graph that this release writes for {target}.",
-        why="attention, rotation and cache updates are single operators, which TensorRT has from 10.15 on",
-        fix=("install TensorRT 10.15 or newer", "--target cpu: the bundle runs on ONNX Runtime"),
-    )
+    check_version(target, version)
+    return target

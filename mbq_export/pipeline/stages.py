@@ -251,7 +251,8 @@ def graph_forms(plan: Plan, dtype: str = FP16) -> tuple[GraphForm, ...]:
                 lowering=plan.lowering,
                 target="trt",
                 dtype=dtype,
-                kv="static",
+                kv=plan.level.kv,
+                op_level=plan.level.op_level,
                 logits="last",
                 max_context=plan.max_context,
             )
