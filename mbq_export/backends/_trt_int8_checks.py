@@ -1,6 +1,7 @@
 """A4: linears that round their activations multiply integers, and sum them in a type that holds the sums.
 
-gemm    in  Int8 activations, Int8 weights      out  Float: sums of int8 products pass 65504, the end of Half
+gemm    in  Int8 activations, Int8 weights      out  Float: sums of int8 products pass 65504, the end of Half, and need
+                                                     more bits than the 8 of BFloat16
 """
 
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from mbq_export.backends.base import QuantizedLinear
 from mbq_export.report import Check
 
 INTEGER: Final = "Int8"
-TOO_SMALL: Final = "Half"
+TOO_SMALL: Final = ("Half", "BFloat16")
 SHOWN: Final = 3
 
 
@@ -36,7 +37,7 @@ def integer_products(table: LayerTable, linears: Iterable[QuantizedLinear]) -> C
         value=len(bad),
         threshold=0,
         place=", ".join(bad[:SHOWN]),
-        why=f"not a product of integers with sums of 32 bits: {shown}; sums may pass 65504"
+        why=f"not a product of integers with sums of 32 bits: {shown}; sums may pass 65504, and need more than 11 bits"
         if bad
         else "",
     )
@@ -47,5 +48,5 @@ def _fault(rows: Iterable[Layer]) -> str:
     products = [row for row in rows if [each.type for each in row.inputs].count(INTEGER) >= 2]
     if not products:
         return "multiplies no integers"
-    halves = any(each.type == TOO_SMALL for row in products for each in row.outputs)
-    return f"writes its sums as {TOO_SMALL}" if halves else ""
+    narrow = [each.type for row in products for each in row.outputs if each.type in TOO_SMALL]
+    return f"writes its sums as {narrow[0]}" if narrow else ""

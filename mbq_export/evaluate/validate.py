@@ -45,6 +45,7 @@ from mbq_export.native import CALL_SECONDS
 from mbq_export.progress import Progress, silent
 from mbq_export.report import Check, Measurement, Report, shown
 from mbq_export.runtime import default_lowering, lowerings_of
+from mbq_export.runtime.host import engine_dtype, engine_folder
 from mbq_export.schemes import SCHEMES
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Validation:
         tiers: Some of `TIERS`, run in that order.
         backend: Name of a backend.
         lowering: Form of the decoder graph; the torch backend has none and ignores it.
-        dtype: Type of its activations, ``fp32`` or ``fp16``; decides the gates of parity.
+        dtype: Type of its activations, ``fp32`` or ``fp16``; decides the gates of parity, but for engines.
         samples: Teacher-forced samples of the numeric tier.
         prompts: Prompts of the tokens tier; None takes as many as ``samples``.
         new_tokens: Longest free answer.
@@ -206,7 +207,15 @@ class _Run:
     def gates(self) -> Gates:
         records = self.checkpoint.records.values()
         rounded = any(record.scheme.rounds_activations for record in records)
-        return (PARITY_ROUNDED if rounded else PARITY)[self.validation.dtype]
+        return (PARITY_ROUNDED if rounded else PARITY)[self.dtype]
+
+    @property
+    def dtype(self) -> str:
+        """Type of the tested activations: engines have their own, whatever graph is asked for."""
+        chosen = self.validation
+        if not BACKENDS[chosen.backend].isolated:
+            return chosen.dtype
+        return engine_dtype(engine_folder(self.bundle, chosen.backend))
 
     def structure(self) -> None:
         """Check every file, without running anything."""

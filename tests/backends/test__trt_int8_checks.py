@@ -42,6 +42,23 @@ def test_sums_as_half_fail_and_the_reason_is_overflow(graph: EngineGraph) -> Non
     assert "may pass 65504" in check.why
 
 
+def test_sums_as_bfloat16_fail(graph: EngineGraph) -> None:
+    """It holds numbers that large, but only 8 bits of them; the table is that of Half with the other name."""
+    rows = table_of("rounded_half").layers
+    narrow = tuple(
+        replace(
+            row,
+            outputs=tuple(
+                replace(each, type="BFloat16" if each.type == "Half" else each.type)
+                for each in row.outputs
+            ),
+        )
+        for row in rows
+    )
+    check = integer_products(replace(table_of("rounded_half"), layers=narrow), graph.linears)
+    assert check.place == "n.sums writes its sums as BFloat16"
+
+
 def test_a_linear_that_multiplies_no_integers_fails(graph: EngineGraph) -> None:
     table = table_of("rounded")
     without = replace(table, layers=tuple(row for row in table.layers if row.type != "gemm"))

@@ -7,7 +7,7 @@ import pytest
 
 from mbq_export.errors import MbqError, UsageError
 from mbq_export.evaluate import validate as validation_module
-from mbq_export.evaluate.tolerances import PARITY_FP32
+from mbq_export.evaluate.tolerances import PARITY, PARITY_FP32, PARITY_ROUNDED
 from mbq_export.evaluate.validate import (
     Validation,
     by_tier,
@@ -17,6 +17,7 @@ from mbq_export.evaluate.validate import (
     validate_build,
 )
 from mbq_export.export import GraphForm
+from mbq_export.progress import silent
 from mbq_export.report import Check, Report
 from tests.evaluate.bundles import sample_bundle, tiny_bundle
 from tests.evaluate.planted import GRAPHS, planted, wrong_scale
@@ -216,3 +217,28 @@ def test_greedy_tokens_are_identical_on_two_hundred_prompts_and_both_lowerings()
         assert found[f"tokens{suffix}", "parity.greedy", ""] == 1.0
         assert report[f"{prefix}tokens/ties"].value == 0
         assert report[f"{prefix}tokens/logits_error"].value <= 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("float16", "fp16"), ("bfloat16", "bf16")])
+def test_engines_are_held_to_the_gates_of_their_own_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, name: str
+) -> None:
+    ports = {"inputs": [{"name": "inputs_embeds", "dtype": dtype}]}
+    record = {"flavour": "rtx", "sm": ["sm89"], "engines": {"decoder": ports}}
+    (tmp_path / "engine.json").write_text(json.dumps(record))
+    monkeypatch.setattr(validation_module, "engine_folder", lambda *_: tmp_path)
+    for backend, wanted in (("rtx", name), ("ort", "fp32")):
+        run = validation_module._Run(
+            bundle=sample_bundle(), validation=Validation(backend=backend), progress=silent
+        )
+        assert run.gates == PARITY[wanted]
+
+
+def test_coarser_types_are_never_held_to_tighter_gates() -> None:
+    for gates in (PARITY, PARITY_ROUNDED):
+        for finer, coarser in (("fp32", "fp16"), ("fp16", "bf16")):
+            assert gates[finer].cosine_mean >= gates[coarser].cosine_mean
+            assert gates[finer].agreement >= gates[coarser].agreement
+            assert gates[finer].norm_ratio <= gates[coarser].norm_ratio
+            assert gates[finer].linear_error <= gates[coarser].linear_error
+            assert gates[finer].relative_error <= gates[coarser].relative_error
