@@ -150,7 +150,7 @@ class LoadedEngine:
 
     def _cache_shapes(self, past: int) -> dict[str, tuple[int, ...]]:
         """(1, heads, positions, width) of every cache input."""
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for each in self.caches:
             _, heads, slots, width = tuple(self.engine.get_tensor_shape(each.name))
             shapes[each.name] = (1, heads, past if self.grows else slots, width)

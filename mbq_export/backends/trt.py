@@ -1,4 +1,4 @@
-"""Full TensorRT, 10.15 to 11.4: builds engines on the device that they run on, and runs them there.
+"""Full TensorRT, 10.3 to 11.4: builds engines on the device that they run on, and runs them there.
 
 Written to its documented API and to what the lean runtimes have of it. No machine of this project has it: whoever builds
 an engine with it is the first to, and is asked to say so (docs/verification.md).

@@ -12,7 +12,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Final
@@ -21,8 +21,10 @@ from mbq_export.backends import BACKENDS
 from mbq_export.backends.ort import check_packages, installed_packages
 from mbq_export.bundle import Bundle
 from mbq_export.errors import MachineError, MbqError
+from mbq_export.export.profile import FUSED, TOLD
 from mbq_export.native import available_memory, local_gpu
 from mbq_export.plugin_library import cached_libraries
+from mbq_export.target import Target
 
 OK: Final = "ok"
 WARN: Final = "warn"
@@ -95,6 +97,7 @@ def examine(*, output: Path, bundle: Path | None = None) -> list[Row]:
         _packages,
         _onnxruntime,
         _backend_rtx,
+        _backend_trt,
         _memory,
         lambda: _disk(output),
         _open_files,
@@ -206,6 +209,23 @@ def _backend_rtx() -> Row:
         needed=available.needed,
         status=OK if available.ok else FAIL,
         fix=available.fix,
+    )
+
+
+def _backend_trt() -> Row:
+    """Full TensorRT, which lives on devices: what its version reads decides the graphs."""
+    available = BACKENDS["trt"].available()
+    numbers = [int(part) for part in available.version.split(".")[:2] if part.isdecimal()]
+    level = -1
+    if len(numbers) == 2:
+        level = replace(Target.parse("sm87:trt"), version=(numbers[0], numbers[1])).op_level
+    told = f": {TOLD[min(level, FUSED)]}" if level >= 0 else ""
+    return Row(
+        id="trt",
+        found=f"{available.found}{told}",
+        needed="10.3 or newer, on the device that engines are for",
+        status=SKIP if not available.ok else OK if told else WARN,
+        fix="" if told or not available.ok else "install TensorRT 10.3 or newer",
     )
 
 

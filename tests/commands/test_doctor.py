@@ -1,9 +1,13 @@
 """`doctor`: a table, a verdict per use, and an error only where one use was asked about."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mbq_export.backends import BACKENDS
+from mbq_export.backends.base import Availability
+from mbq_export.evaluate import doctor
 from tests.command_line import run, tell
 
 USES = ["build", "build:rtx", "validate", "run", "bench"]
@@ -35,6 +39,26 @@ def test_compiled_plugins_are_a_row_with_their_gpus(
     tmp_path.chmod(0o777)
     row = next(row for row in run("doctor").document["result"]["checks"] if row["id"] == "plugins")
     assert (row["status"], row["fix"]) == ("warn", f"chmod 700 {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "told"),
+    [
+        ("10.3.0.26", "ok", "graphs of primitives (opset20), cache that grows"),
+        ("10.14.1.48", "ok", "graphs with Attention (opset23-attention), cache that grows"),
+        ("11.4.0.106", "ok", "graphs of opset24, cache updated in place"),
+        ("8.6.2", "warn", ""),
+    ],
+)
+def test_version_of_tensorrt_says_which_graphs_it_gets(
+    version: str, status: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = Availability(ok=True, found=f"trt {version}", needed="", version=version)
+    backend = replace(BACKENDS["trt"], available=lambda: installed)
+    monkeypatch.setattr(doctor, "BACKENDS", {**BACKENDS.members(), "trt": backend})
+    (row,) = (row for row in doctor.examine(output=Path()) if row.id == "trt")
+    assert (row.status, row.found) == (status, f"trt {version}" + (f": {told}" if told else ""))
+    assert bool(row.fix) == (status == "warn")
 
 
 def test_unknown_use_lists_the_known() -> None:
