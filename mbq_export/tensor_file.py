@@ -27,7 +27,7 @@ from mbq_export.reading import TensorEntry, safetensors_header
 from mbq_export.writing import explained, partial_path
 
 ALIGNMENT: Final = 8
-BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
+BFLOAT16: Final[np.dtype[Any]] = np.dtype(ml_dtypes.bfloat16)
 DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),

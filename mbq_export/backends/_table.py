@@ -13,7 +13,6 @@ from typing import Any, Final, Self
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx.external_data_helper import ExternalDataInfo
 
 from mbq_export.backends._dtypes import dtype_of
 from mbq_export.backends._feeds import checked_feeds
@@ -122,14 +121,16 @@ def _mapped(tensor: onnx.TensorProto, graph: Path) -> NDArray[Any]:
     """
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return onnx.numpy_helper.to_array(tensor)
-    place = ExternalDataInfo(tensor)
-    path, offset = graph.parent / Path(place.location).name, place.offset or 0
+    told = {entry.key: entry.value for entry in tensor.external_data}
+    location, start = told.get("location", ""), told.get("offset", "0")
+    path, offset = graph.parent / Path(location).name, int(start) if start.isdecimal() else -1
     shape, dtype = tuple(tensor.dims), dtype_of(_name_of(tensor))
     size = int(np.prod(shape)) * dtype.itemsize
-    if path.name != place.location or not path.is_file() or path.stat().st_size < offset + size:
+    inside = offset >= 0 and path.is_file() and offset + size <= path.stat().st_size
+    if path.name != location or not inside:
         raise FormatError(
             "E4403",
-            f"The table of {graph.name} is not at byte {offset} of {place.location}.",
+            f"The table of {graph.name} is not at byte {start[:40]} of {location[:200]}.",
             why=f"{size} bytes are expected there, in a file beside the graph",
             fix=("copy the bundle again", "export the model again"),
         )

@@ -106,7 +106,8 @@ def array_type(trt: Any, dtype: Any) -> np.dtype[Any]:
     """Element type of arrays for a tensor; the bindings know none for bfloat16 and raise TypeError there."""
     if dtype == getattr(trt.DataType, "BF16", None):
         return BFLOAT16
-    return np.dtype(trt.nptype(dtype))
+    found: np.dtype[Any] = np.dtype(trt.nptype(dtype))
+    return found
 
 
 def aliased_input(engine: Any, output: str) -> str | None:

@@ -23,6 +23,7 @@ from mbq_export.runtime.request import Engines
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mbq_export.backends.base import Engine
     from mbq_export.bundle import Bundle
 
 DECODER: Final = "decoder.engine"
@@ -50,11 +51,10 @@ def hosted_engines(
     load = partial(open_hosted, backend, timeout_s=timeout_s)
     with ExitStack() as opened:
         hosted = (folder / EMBED).stem in _record(folder / ENGINE_RECORD)["engines"]
-        engines = Engines(
-            vision=opened.enter_context(load(folder / VISION)),
-            decoder=opened.enter_context(load(folder / DECODER)),
-            embed=opened.enter_context(load(folder / EMBED) if hosted else open_table(embed)),
-        )
+        vision = opened.enter_context(load(folder / VISION))
+        decoder = opened.enter_context(load(folder / DECODER))
+        rows: Engine = load(folder / EMBED) if hosted else open_table(embed)
+        engines = Engines(vision=vision, decoder=decoder, embed=opened.enter_context(rows))
         opened.pop_all()
     return engines
 
