@@ -30,6 +30,13 @@ OP_LEVELS: Final[dict[str, tuple[tuple[tuple[int, int], int], ...]]] = {
 """First version of each flavour that reads an op level: 0 primitives, 1 Attention-23, 2 rotary, norm and
 cache-update ops."""
 
+GRAPHS: Final = {
+    0: "graphs of primitives (opset20), cache that grows",
+    1: "graphs with Attention (opset23-attention), cache that grows",
+    2: "graphs of opset24, cache updated in place",
+}
+"""What a target of each op level gets, in words; the levels themselves are in `export.profile`."""
+
 VERSIONS: Final[dict[str, tuple[int, int]]] = {"rtx": (1, 7), "trt": (10, 13)}
 JETPACK_6: Final = (10, 3)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from mbq_export.errors import UsageError
-from mbq_export.target import DEVICES, SERVED, Target
+from mbq_export.target import DEVICES, GRAPHS, OP_LEVELS, SERVED, Target
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,10 @@ def test_nonsense_is_refused(text: str) -> None:
     with pytest.raises(UsageError) as error:
         Target.parse(text)
     assert error.value.code == "E2001"
+
+
+def test_every_op_level_is_told_in_words() -> None:
+    assert {level for each in OP_LEVELS.values() for _, level in each} == set(GRAPHS)
 
 
 def test_every_served_device_has_a_name() -> None:

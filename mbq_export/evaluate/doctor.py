@@ -21,10 +21,9 @@ from mbq_export.backends import BACKENDS
 from mbq_export.backends.ort import check_packages, installed_packages
 from mbq_export.bundle import Bundle
 from mbq_export.errors import MachineError, MbqError
-from mbq_export.export.profile import FUSED, TOLD
 from mbq_export.native import available_memory, local_gpu
 from mbq_export.plugin_library import cached_libraries
-from mbq_export.target import Target
+from mbq_export.target import GRAPHS, Target
 
 OK: Final = "ok"
 WARN: Final = "warn"
@@ -219,7 +218,7 @@ def _backend_trt() -> Row:
     level = -1
     if len(numbers) == 2:
         level = replace(Target.parse("sm87:trt"), version=(numbers[0], numbers[1])).op_level
-    told = f": {TOLD[min(level, FUSED)]}" if level >= 0 else ""
+    told = f": {GRAPHS[level]}" if level >= 0 else ""
     return Row(
         id="trt",
         found=f"{available.found}{told}",

@@ -126,14 +126,6 @@ OF_LEVEL: Final = {
 """Value of ``--op-level`` that gives a level whatever the cache."""
 
 
-TOLD: Final = {
-    PRIMITIVES: "graphs of primitives (opset20), cache that grows",
-    ATTENTION: "graphs with Attention (opset23-attention), cache that grows",
-    FUSED: "graphs of opset24, cache updated in place",
-}
-"""What a builder of a level gets, in words."""
-
-
 def has_static_cache(op_level: str) -> bool:
     """Whether a value of ``--op-level`` leaves room for a static cache; an unknown one is refused elsewhere."""
     return op_level not in PROFILES or "static" in PROFILES[op_level].kv_modes
