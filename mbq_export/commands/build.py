@@ -208,8 +208,8 @@ def _start(
         name
         for each in (calibrate, quantize)
         for name in inspect.signature(each.command).parameters
-    } | {"model", "wbits", "scheme", "engine_dtype"}
-    before |= {"max_context", "kv", "op_level"} if first == ENGINE else set()
+    } | {"model", "wbits", "scheme"}
+    before |= {"max_context", "kv", "op_level", "engine_dtype"} if first == ENGINE else set()
     for name in sorted(before - STILL_GOOD):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":

@@ -264,7 +264,9 @@ def _export(work: _Work, checkpoint: QuantCheckpoint, progress: Progress) -> Non
     out = work.folder(ONNX)
     if out.exists():
         shutil.rmtree(out)
-    forms = graph_forms(work.plan, known_dtype(work.plan, work.folder(CALIBRATION)).name)
+    dtype = known_dtype(work.plan, work.folder(CALIBRATION))
+    dtype.write(work.folder(CALIBRATION))  # a build from a bundle may choose another than that had
+    forms = graph_forms(work.plan, dtype.name)
     export(checkpoint, out, family=work.plan.family, forms=forms, progress=progress)
 
 

@@ -132,6 +132,7 @@ def test_another_model_needs_data(model: Path, tmp_path: Path) -> None:
         (["--method", "rtn"], "--method does not go with --from."),
         (["--data", "builtin:shapes"], "--data does not go with --from."),
         (["--max-context", "128"], "--max-context does not go with --from."),
+        (["--engine-dtype", "bf16"], "--engine-dtype does not go with --from."),
         (["--stages", "engine..export"], "Unknown stages 'engine..export'."),
     ],
 )

@@ -34,6 +34,13 @@ def refused(model: Path, folder: Path, *line: object) -> tuple[int, str, str]:
         ((*CARD, "--timing-cache", "times"), 2, "E2002", "A timing cache does not go with rtx."),
         ((*CARD, "--lowering", "plugin"), 3, "E3005", "no compiled plugin library"),
         ((*CARD, "--plugin-lib", "nowhere.so"), 4, "E4701", "nowhere.so is no shared library"),
+        ((*CARD, "--engine-dtype", "fp8"), 2, "E2001", "Unknown --engine-dtype 'fp8'."),
+        (
+            (*CARD, "--engine-dtype", "bf16", "--lowering", "qdq"),
+            2,
+            "E2002",
+            "There are no bf16 engines of --lowering qdq here.",
+        ),
         ((*CARD, "--lowering", "gguf"), 2, "E2001", "no lowering 'gguf'"),
         (("--target", "orin:trt"), 3, "E3003", "No engine for orin:trt can be built here."),
     ],

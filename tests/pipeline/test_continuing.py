@@ -9,10 +9,12 @@ import pytest
 from mbq_export.bundle import Bundle
 from mbq_export.errors import MbqError
 from mbq_export.pipeline.continuing import first_stage, take
+from mbq_export.pipeline.engine_options import EngineOptions
 from mbq_export.pipeline.request import BuildRequest
 from mbq_export.pipeline.stages import build, planned
 from mbq_export.progress import silent
 from mbq_export.reading import sha256_of
+from mbq_export.schemes.base import CHANNEL
 from mbq_export.writing import partial_path
 from tests.pipeline.test_stages import Ear, request_for
 from tests.tiny import Tiny, write_tiny
@@ -175,3 +177,22 @@ def test_engines_from_a_bundle_are_those_of_one_go_byte_for_byte(
     assert manifests[1]["from"] == {"bundle": hashes[0], "stages": "export.."}
     assert manifests[2]["from"] == {"bundle": hashes[1], "stages": "engine.."}
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_graphs_written_anew_may_have_another_type_which_later_engines_keep(
+    model: Path, tmp_path: Path
+) -> None:
+    how = {"method": "rtn", "scheme": "w4a8", "group_size": CHANNEL, "lowering": "qdq"}
+    build(request_for(model, tmp_path / "half", targets=CARD, **how, **UNCHECKED), Ear())
+    anew = {"first": "export", "engines": EngineOptions(dtype="bf16")}
+    build(going_on(tmp_path / "half", tmp_path / "brain", **anew), Ear())
+    build(going_on(tmp_path / "brain", tmp_path / "again"), Ear())
+    for name, dtype in (("half", "fp16"), ("brain", "bf16"), ("again", "bf16")):
+        manifest = Bundle.open(tmp_path / name).manifest
+        assert manifest["engine_dtype"]["name"] == dtype
+        (folder,) = manifest["engines"]
+        assert {engine["dtype"] for engine in folder["engines"].values()} == {dtype}
+    assert engines(tmp_path / "again") == engines(tmp_path / "brain")
