@@ -32,6 +32,18 @@ class Level:
     op_level: str
     kv: str
 
+    def told(self, lowering: str, *, packed: bool) -> str:
+        """Say it in words, for the log of a build.
+
+        Args:
+            lowering: Form of the decoder.
+            packed: Whether any linear is quantized.
+        """
+        form = GraphForm(lowering=lowering, op_level=self.op_level, kv=self.kv)
+        profile = profile_for(form, packed=packed)
+        first = ".".join(map(str, profile.first))
+        return f"{profile.name} (TensorRT {first} and newer), {self.kv} cache"
+
 
 def engine_level(op_level: str, kv: str | None, *, targets: Sequence[Target]) -> Level:
     """Decide operators and cache.

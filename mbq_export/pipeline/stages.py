@@ -142,6 +142,9 @@ def build(request: BuildRequest, listener: Listener) -> BuildResult:
     listener.note(
         f"[1/{STAGES}] plan        {plan.request.model} ({plan.source.rule}), {plan.scheme_name}"
     )
+    if plan.lowering is not None:
+        told = plan.level.told(plan.lowering, packed=plan.scheme is not None)
+        listener.note(f"      engines     {plan.lowering}, {told}")
     partial = partial_path(request.out)
     with State.open(partial, plan.fingerprint, fresh=request.fresh) as state:
         work = _begin(plan, state, listener)

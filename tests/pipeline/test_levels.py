@@ -90,6 +90,21 @@ def test_what_does_not_exist_is_refused(
     assert caught.value.code == code
 
 
+@pytest.mark.parametrize(
+    ("target", "kv", "lowering", "told"),
+    [
+        (CARD, None, "plugin", "opset24 (TensorRT 10.15 and newer), static cache"),
+        (CARD, "concat", "qdq", "opset23 (TensorRT 10.15 and newer), concat cache"),
+        (ORIN, None, "plugin", "opset20 (TensorRT 10.3 and newer), concat cache"),
+        (ORIN, None, "qdq", "opset21 (TensorRT 10.3 and newer), concat cache"),
+    ],
+)
+def test_level_is_told_by_its_profile_and_cache(
+    target: Target, kv: str | None, lowering: str, told: str
+) -> None:
+    assert engine_level("auto", kv, targets=[target]).told(lowering, packed=True) == told
+
+
 def test_sizes_of_a_growing_cache_add_up_at_every_end() -> None:
     sizes = growing_sizes(EngineOptions(opt_tokens=2).decoder_sizes(1000), 1000)
     new, past = sizes["sequence_length"], sizes["past_sequence_length"]
