@@ -40,7 +40,7 @@ def command(
         str | None,
         typer.Option(
             "--dtype",
-            help="fp32 or fp16; bf16 for plugins. Default: fp16 for trt, else fp32.",
+            help="fp32 or fp16; for trt also bf16, of plugins, w4a8 and the baseline. Default: fp16 for trt, else fp32.",
             show_default=False,
         ),
     ] = None,
