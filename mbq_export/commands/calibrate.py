@@ -16,6 +16,7 @@ def command(
     group_size: options.GroupSize = None,
     method: options.Method = "mbq",
     compat: options.Compat = "none",
+    import_scales: options.ImportScales = None,
     data: options.Data = None,
     samples: options.Samples = 128,
     text_only_ok: options.TextOnly = False,
@@ -43,6 +44,7 @@ def command(
         group_size=options.group_size(group_size),
         method=method,
         replaced=options.switches(compat),
+        import_scales=import_scales,
         data=data,
         samples=samples,
         targets=("cpu",),
@@ -74,10 +76,12 @@ def command(
         console.table(
             ("layer", "linear", "vision / answer", "prompt / answer", "r"), rows(scales.sensitivity)
         )
+    elif import_scales is not None:
+        console.text("scales of others: nothing was searched")
     else:
         console.text(f"--method {method} asks for no gradients")
     units = scales.calib["units"]
     console.finish(
-        {"calibration": str(out), "data": scales.calib["data"], "units": units},
+        {"calibration": str(out), "data": scales.calib.get("data"), "units": units},
         what=f"{out}  {len(units)} units",
     )

@@ -130,6 +130,15 @@ TextOnly = Annotated[
     bool, typer.Option("--text-only-ok", help="Accept calibration data without images.")
 ]
 SkipBad = Annotated[int, typer.Option("--skip-bad", help="Unreadable samples to tolerate.", min=0)]
+ImportScales = Annotated[
+    Path | None,
+    typer.Option(
+        "--import-scales",
+        help="Published channel scales of MBQ or AWQ instead of a search: a .safetensors made by "
+        "samples/convert_mbq_scales.py.",
+        show_default=False,
+    ),
+]
 IgnoreExtra = Annotated[
     list[str] | None,
     typer.Option(

@@ -7,6 +7,7 @@ from mbq_export.calibrate.data import encode, token_shares
 from mbq_export.channel_scales import ChannelScales
 from mbq_export.families.base import LoadedModel
 from mbq_export.pipeline.plan import Plan
+from mbq_export.pipeline.published import published_scales
 from mbq_export.progress import Progress
 from mbq_export.state import State
 
@@ -31,6 +32,8 @@ def channel_scales(
     Returns:
         Scales of every unit; none for the unquantized baseline, which needs no data.
     """
+    if plan.request.import_scales is not None:
+        return published_scales(plan, model, note)
     if plan.scheme is None or plan.data is None:
         return ChannelScales(
             scales={}, sensitivity={}, calib={"switches": plan.switches.resolved()}

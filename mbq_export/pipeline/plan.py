@@ -25,6 +25,7 @@ from mbq_export.families.locate import ModelSource, family_of, locate, read_conf
 from mbq_export.native import available_memory
 from mbq_export.pipeline.levels import Level, engine_level
 from mbq_export.pipeline.plugins import EngineForm, engine_form
+from mbq_export.pipeline.published import needs_data, published_facts
 from mbq_export.pipeline.request import (
     BuildRequest,
     check_context,
@@ -208,7 +209,7 @@ def make_plan(request: BuildRequest) -> Plan:
         text=text,
         scheme=scheme,
         switches=switches,
-        data=data_of(request) if scheme is not None and foreign is None else None,
+        data=data_of(request) if needs_data(request, scheme, switches) else None,
         targets=targets,
         skipped_engines=skipped,
         form=engine_form(
@@ -310,6 +311,7 @@ def fingerprint(plan: Plan, model: Mapping[str, object]) -> dict[str, object]:
             "scheme": plan.scheme_name,
             "group_size": plan.group_size,
             "switches": plan.switches.resolved(),
+            **published_facts(request),
         },
         "graphs": {
             "max_context": plan.max_context,

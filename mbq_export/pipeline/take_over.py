@@ -55,6 +55,8 @@ def decided_by(request: BuildRequest, foreign: ForeignCheckpoint) -> BuildReques
         _contradiction(foreign, f"--method {request.method}", "its codes are taken as they are")
     if request.data is not None:
         _contradiction(foreign, f"--data {request.data}", "its codes are taken as they are")
+    if request.import_scales is not None:
+        _contradiction(foreign, "--import-scales", "its codes are taken as they are")
     if request.replaced:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in request.replaced)
         _contradiction(foreign, names, "its codes are taken as they are")

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
 from mbq_export.channel_scales import ChannelScales
+from mbq_export.families.base import SMOOTH
 from tests.command_line import run, tell
 
 DATA = ("--data", "builtin:shapes", "--samples", "2", "--group-size", "64")
@@ -28,6 +30,40 @@ def test_result_says_what_it_was_made_of(model: Path, tmp_path: Path) -> None:
     assert result["calibration"] == str(tmp_path / "s")
     assert result["data"]["samples"] == 2
     assert {unit["unit"] for unit in result["units"]} == {"qkv", "o", "gate_up", "down"}
+
+
+def test_published_scales_replace_the_search(model: Path, bundle: Path, tmp_path: Path) -> None:
+    ours = {
+        name: scale
+        for name, scale in ChannelScales.read(bundle / "calibration").scales.items()
+        if ".o." not in name
+    }
+    entries = []
+    for name in ours:
+        _, layer, unit, _ = name.split(".")
+        place = next(place for place in SMOOTH if place.unit == unit)
+        block = f"model.layers.{layer}."
+        into = [block + linear for linear in place.into]
+        entries.append({"tensor": name, "source": block + place.source, "into": into})
+    save_file({**ours, "clip.00000": ours[name]}, tmp_path / "theirs.safetensors")
+    record = {"schema": "mbq-export/published-scales@1", "entries": entries}
+    (tmp_path / "theirs.json").write_text(json.dumps(record))
+    line = ("--import-scales", tmp_path / "theirs.safetensors", "--group-size", "64")
+    outcome = tell("calibrate", "--model", model, *line, "-o", tmp_path / "scales")
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.startswith("scales of others: nothing was searched\nOK  calibrate  ")
+    assert "MBQ-W4313" in outcome.err
+    found = ChannelScales.read(tmp_path / "scales")
+    assert found.scales.keys() == ours.keys()
+    assert found.calib["imported"]["clips_not_applied"] == 1
+    line = ("--scales", tmp_path / "scales", "-o", tmp_path / "checkpoint")
+    assert tell("quantize", "--model", model, *line).status == 0
+    record["entries"].pop()
+    (tmp_path / "theirs.json").write_text(json.dumps(record))
+    line = ("--import-scales", tmp_path / "theirs.safetensors", "-o", tmp_path / "x")
+    refused = run("calibrate", "--model", model, "--group-size", "64", *line)
+    assert (refused.status, refused.code) == (4, "E4314")
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("method", ["awq", "rtn"])

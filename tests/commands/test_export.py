@@ -1,5 +1,6 @@
 """`export`: a checkpoint becomes graphs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,71 @@ def test_both_16_bit_types_are_written_side_by_side(bundle: Path, tmp_path: Path
         "decoder_model_merged_plugin_bf16.onnx",
         "vision_encoder_bf16.onnx",
     ]
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+def test_checkpoint_goes_out_to_others_and_comes_back_unchanged(
+    bundle: Path, tmp_path: Path, form: str
+) -> None:
+    sent = tell("export", bundle / "weights", "--to", form, "-o", tmp_path / "out")
+    assert sent.status == 0, sent.err
+    assert sent.out == f"OK  export  {tmp_path / 'out'}  {form}, 14 linears\n"
+    taken = tell("quantize", "--model", tmp_path / "out", "-o", tmp_path / "back")
+    assert taken.status == 0, taken.err
+    assert "w3a16 g64, imported" in taken.out
+    shard = "model-00001-of-00001.safetensors"
+    assert (tmp_path / "back" / shard).read_bytes() == (bundle / "weights" / shard).read_bytes()
+    again = run("export", bundle / "weights", "--to", form, "-o", tmp_path / "out")
+    assert (again.status, again.code) == (2, "E2011")
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        (("--to", "awq"), "E2006", "awq cannot hold this checkpoint: it has w3a16 g64."),
+        (("--to", "hqq"), "E2001", "Unknown format 'hqq'."),
+        (("--to", "gptq", "--dtype", "fp16"), "E2002", "--to gptq contradicts --dtype."),
+        (("--to", "gptq", "--runtime", "trt"), "E2002", "--to gptq contradicts --runtime."),
+    ],
+)
+def test_what_cannot_go_out_leaves_nothing(
+    bundle: Path, tmp_path: Path, line: tuple[str, ...], code: str, said: str
+) -> None:
+    outcome = run("export", bundle / "weights", *line, "-o", tmp_path / "out")
+    assert (outcome.status, outcome.code) == (2, code)
+    assert outcome.document["error"]["message"] == said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_codes_of_others_need_no_scales_and_nothing_else_may_be_chosen(
+    model: Path, bundle: Path, tmp_path: Path
+) -> None:
+    assert tell("export", bundle / "weights", "--to", "gptq", "-o", tmp_path / "out").status == 0
+    scales = ("--scales", bundle / "calibration")
+    for line, code in (
+        (("quantize", "--model", tmp_path / "out", *scales), "E4009"),
+        (("quantize", "--model", tmp_path / "out", "--wbits", "4"), "E2002"),
+        (("quantize", "--model", model), "E2003"),
+        (("quantize", "--model", bundle / "weights"), "E4009"),
+        (("calibrate", "--model", tmp_path / "out"), "E4009"),
+    ):
+        assert run(*line, "-o", tmp_path / "x").code == code, line
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_build_from_codes_of_others_passes_the_gates_with_the_same_graphs(
+    bundle: Path, tmp_path: Path
+) -> None:
+    """The gates compare ONNX Runtime with the model's own code on dequantized weights."""
+    assert tell("export", bundle / "weights", "--to", "gptq", "-o", tmp_path / "out").status == 0
+    line = ("--model", tmp_path / "out", "--target", "cpu", "-o", tmp_path / "bundle")
+    outcome = tell("build", *line)
+    assert outcome.status == 0, outcome.err
+    for graph in (bundle / "onnx").glob("*.onnx*"):
+        other = tmp_path / "bundle" / "onnx" / graph.name
+        assert other.read_bytes() == graph.read_bytes(), graph.name
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert manifest["gates"]
+    assert all(gate["pass"] for gate in manifest["gates"])
+    assert manifest["quant"]["method"]["name"] == "imported"

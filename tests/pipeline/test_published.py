@@ -1,0 +1,47 @@
+"""Scales of others instead of a search: what still needs data, and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mbq_export.channel_scales import Switches
+from mbq_export.errors import FormatError, UsageError
+from mbq_export.pipeline.published import needs_data, published_facts
+from mbq_export.pipeline.request import BuildRequest
+from mbq_export.pipeline.take_over import SWITCHES
+from mbq_export.schemes import SCHEMES
+
+REQUEST = BuildRequest(model="m", out=Path("out"))
+W3 = SCHEMES["w3a16"]
+SEARCH = Switches(method="mbq")
+
+
+def test_search_needs_data_and_neither_baseline_nor_codes_do() -> None:
+    assert needs_data(REQUEST, W3, SEARCH)
+    assert not needs_data(REQUEST, None, SEARCH)
+    assert not needs_data(REQUEST, W3, SWITCHES)
+
+
+def test_published_scales_need_no_data() -> None:
+    asked = replace(REQUEST, import_scales=Path("s.safetensors"))
+    assert not needs_data(asked, W3, SEARCH)
+    with pytest.raises(UsageError, match="contradicts --data") as caught:
+        needs_data(replace(asked, data="calib.jsonl"), W3, SEARCH)
+    assert caught.value.code == "E2002"
+    with pytest.raises(UsageError, match="contradicts --wbits 16"):
+        needs_data(asked, None, SEARCH)
+
+
+def test_fingerprint_knows_both_files(tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    path.write_bytes(b"a")
+    asked = replace(REQUEST, import_scales=path)
+    with pytest.raises(FormatError, match=r"s\.json") as caught:
+        published_facts(asked)
+    assert caught.value.code == "E4314"
+    path.with_suffix(".json").write_text("{}")
+    one = published_facts(asked)
+    path.with_suffix(".json").write_text("{ }")
+    assert published_facts(asked) != one
+    assert published_facts(REQUEST) == {}
