@@ -47,6 +47,9 @@ CALIB_SCHEMA: Final = "mbq-export/calib@1"
 SENSITIVITY_SCHEMA: Final = "mbq-export/sensitivity@1"
 JSON_LIMIT_BYTES: Final = 64 << 20
 
+OF_FEEDBACK: Final = ("hessian", "gptq_prefix", "asym", "damp")
+"""Switches that decide nothing, and are not stored, unless ``rounding`` is "gptq"."""
+
 _ENTRY: Final = re.compile(r"layers\.(0|[1-9]\d{0,5})\.([a-z_]+)\.e")
 
 
@@ -59,7 +62,7 @@ class Switches:
         loss: "mae" or "mse".
         grid: "21" (alpha = k/20, k = 0..20) or "20" (without alpha = 1, as published).
         stat: Channel statistic: "balanced", "mixed", "answer" or "vision".
-        rounding: "nearest".
+        rounding: "nearest", or "gptq" for error feedback on the calibration samples.
         clip: "none".
         gqa_o_scale: Scale the attention output under grouped-query attention too.
         r_floor: Least ratio of a layer: "median" over the layers, "none" or a number.
@@ -68,13 +71,19 @@ class Switches:
         tokens: Tokens per class that score a candidate: a number or "all".
         modality_weight: Replaces every measured r; None keeps the measured ones.
         search_prompt_weight: Weight of prompt tokens in the search: "0" or "measured".
+        hessian: What error feedback weighs tokens by: "plain" all alike, "balanced" by each linear's own ratios,
+            "auto" what serves held-out samples better.
+        gptq_prefix: Inputs of error feedback: "quantized", those that quantized blocks before leave, or "fp".
+        asym: How far error feedback moves weights towards the full-precision output, from 0 to 1; "auto" decides
+            between the two on held-out samples.
+        damp: Share of its mean diagonal that a Hessian is damped with.
     """
 
     method: str
     loss: Literal["mae", "mse"] = "mae"
     grid: Literal["21", "20"] = "21"
     stat: Literal["balanced", "mixed", "answer", "vision"] = "balanced"
-    rounding: Literal["nearest"] = "nearest"
+    rounding: Literal["nearest", "gptq"] = "nearest"
     clip: Literal["none"] = "none"
     gqa_o_scale: bool = True
     r_floor: Literal["median", "none"] | float = "median"
@@ -83,6 +92,10 @@ class Switches:
     tokens: Literal["all"] | int = 512
     modality_weight: float | None = None
     search_prompt_weight: Literal["0", "measured"] = "0"
+    hessian: Literal["auto", "plain", "balanced"] = "auto"
+    gptq_prefix: Literal["quantized", "fp"] = "quantized"
+    asym: Literal["auto"] | float = "auto"
+    damp: float = 0.01
 
     def __post_init__(self) -> None:
         """Refuse values that no code knows.
@@ -92,17 +105,22 @@ class Switches:
         """
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if not _fits(value, kind):
+            if not _fits(value, kind) or (name == "asym" and value != "auto" and value > 1):
                 raise UsageError(
                     "E2001",
                     f"Switch {name} has the unknown value {value!r}.",
-                    why=f"known: {_spelt(kind)}",
+                    why=f"known: {_spelt(kind)}{' to 1' if name == 'asym' else ''}",
                     fix=f"--{name.replace('_', '-')} with a known value",
                 )
 
     def resolved(self) -> dict[str, object]:
-        """All switches by name, as they are stored."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """All switches by name, as they are stored; those of error feedback only where it is used."""
+        return {name: getattr(self, name) for name in self._stored(self.rounding)}
+
+    @classmethod
+    def _stored(cls, rounding: object) -> list[str]:
+        names = [field.name for field in fields(cls)]
+        return names if rounding == "gptq" else [n for n in names if n not in OF_FEEDBACK]
 
     @classmethod
     def restored(cls, stored: object) -> Switches:
@@ -111,7 +129,8 @@ class Switches:
         Raises:
             FormatError: E4314 if a switch is missing, unknown or has an unknown value.
         """
-        names = {field.name for field in fields(cls)}
+        rounding = stored.get("rounding") if isinstance(stored, Mapping) else None
+        names = set(cls._stored(rounding))
         if not isinstance(stored, Mapping) or set(stored) != names:
             odd = set(stored) ^ names if isinstance(stored, Mapping) else names
             _refuse(f"Switches are missing or unknown: {', '.join(sorted(map(str, odd)))}.")

@@ -132,7 +132,8 @@ def test_newer_schema_is_another_release_s(folder: Path) -> None:
     [
         {"r_floor": "none"}, {"r_floor": 0}, {"r_floor": 0.25}, {"tokens": "all"}, {"tokens": 1},
         {"modality_weight": None}, {"modality_weight": 0.1}, {"compat": "mbq", "grid": "20"},
-        {"search_prompt_weight": "measured"}, {"gqa_o_scale": False},
+        {"search_prompt_weight": "measured"}, {"gqa_o_scale": False}, {"rounding": "gptq"},
+        {"rounding": "gptq", "hessian": "plain", "gptq_prefix": "fp", "asym": 0.5, "damp": 0},
     ],
 )  # fmt: skip
 def test_known_switches_survive_the_artifact(changes: dict[str, Any]) -> None:
@@ -143,11 +144,12 @@ def test_known_switches_survive_the_artifact(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("loss", "huber"), ("grid", 21), ("stat", ""), ("rounding", "gptq"), ("clip", "group"),
+        ("loss", "huber"), ("grid", 21), ("stat", ""), ("rounding", "feedback"), ("clip", "group"),
         ("gqa_o_scale", 1), ("r_floor", "mean"), ("r_floor", -0.1), ("r_floor", float("nan")),
         ("r_floor", True), ("prefix", "quantized"), ("compat", "awq"), ("tokens", 0.5),
         ("tokens", 0), ("tokens", True), ("tokens", "some"), ("modality_weight", "0.1"),
-        ("search_prompt_weight", 0), ("method", None),
+        ("search_prompt_weight", 0), ("method", None), ("hessian", "full"), ("asym", 1.5),
+        ("asym", "half"), ("gptq_prefix", "none"), ("damp", -0.01),
     ],
 )  # fmt: skip
 def test_unknown_switch_values_are_refused_with_the_known_ones(name: str, value: object) -> None:
@@ -164,3 +166,14 @@ def test_refusal_spells_every_known_value() -> None:
         Switches(**values)
     assert caught.value.why == "known: median, none, a number from 0"
     assert caught.value.fix == ("--r-floor with a known value",)
+
+
+def test_switches_of_error_feedback_are_stored_only_where_it_is_used() -> None:
+    names = {"hessian", "gptq_prefix", "asym", "damp"}
+    assert names & Switches(method="mbq").resolved().keys() == set()
+    stored = Switches(method="mbq", rounding="gptq").resolved()
+    assert names <= stored.keys()
+    with pytest.raises(FormatError, match="Switches are missing or unknown: damp"):
+        Switches.restored({name: value for name, value in stored.items() if name != "damp"})
+    with pytest.raises(FormatError, match="Switches are missing or unknown: asym, damp"):
+        Switches.restored({**stored, "rounding": "nearest"})

@@ -1,6 +1,6 @@
 """Make quality.json and quality.md beside this file: run ``python -m docs.benchmarks.quality``.
 
-Full precision, rtn, awq and mbq at W3, groups of 128 and 64, on the sample model and on its stress variant, by the
+Full precision and every method at W3, groups of 128 and 64, on the sample model and on its stress variant, by the
 package's own calibrate and quantize. Finished rows are kept in --work, so an interrupted run goes on.
 """
 
@@ -42,6 +42,7 @@ from mbq_export.evaluate.quality import (
 from mbq_export.families import FAMILIES
 from mbq_export.families.base import LoadedModel
 from mbq_export.quantize import quantize
+from mbq_export.quantize.feedback import Samples
 from mbq_export.reading import sha256_of
 from mbq_export.schemes import SCHEMES
 from mbq_export.state import revision_of
@@ -54,10 +55,19 @@ SCHEME: Final = SCHEMES["w3a16"]
 DATA: Final = "builtin:shapes"
 VARIANTS: Final = ("plain", "stress")
 GROUPS: Final = (128, 64)
-SEARCHED: Final = ("awq", "mbq")
+SEARCHED: Final = ("awq", "mbq", "gptq", "mbq+")
+HELD_OUT: Final = 32
 FULL: Final = "fp"
 ROUNDED: Final = "rtn"
-PAIRS: Final = (("rtn", "awq"), ("rtn", "mbq"), ("awq", "mbq"))
+PAIRS: Final = (
+    ("rtn", "awq"),
+    ("rtn", "mbq"),
+    ("awq", "mbq"),
+    ("rtn", "gptq"),
+    ("mbq", "gptq"),
+    ("mbq", "mbq+"),
+    ("gptq", "mbq+"),
+)
 BLIND_SCENES: Final = 20_000
 
 
@@ -83,26 +93,31 @@ class Row:
         return f"{self.variant}-g{self.group}-{self.method}-seed{self.seed}"
 
 
-def rows_of(variant: str, seeds: int) -> Iterator[Row]:
+def rows_of(variant: str, options: argparse.Namespace) -> Iterator[Row]:
     """Yield the rows of a variant, full precision first."""
     yield Row(variant, 0, FULL)
     for group in GROUPS:
         yield Row(variant, group, ROUNDED)
-        for method in SEARCHED:
-            for seed in range(seeds):
+        for method in options.methods:
+            for seed in range(options.seeds):
                 yield Row(variant, group, method, seed)
 
 
 def quantized(model: LoadedModel, row: Row, options: argparse.Namespace) -> LoadedModel:
     """Calibrate, quantize and load the checkpoint as the torch model it stands for."""
     switches = METHODS[row.method].switches
-    data = read_manifest(DATA, samples=options.samples, held_out=0, seed=row.seed)
+    # The first samples are the same however many more are held out.
+    held_out = HELD_OUT if switches.rounding == "gptq" else 0
+    data = read_manifest(DATA, samples=options.samples, held_out=held_out, seed=row.seed)
     inputs = encode(data.samples, model.processor)
+    samples = Samples(inputs=inputs, held_out=encode(data.held_out, model.processor))
     recipe = Recipe(scheme=SCHEME, group_size=row.group, switches=switches, seed=row.seed)
     scales = calibrate(model, inputs, recipe)
     out = options.work / f"{row.name}.checkpoint"
     shutil.rmtree(out, ignore_errors=True)
-    checkpoint = quantize(model, scales, scheme=SCHEME, group_size=row.group, out=out)
+    checkpoint = quantize(
+        model, scales, scheme=SCHEME, group_size=row.group, out=out, samples=samples
+    )
     loaded = fake_quant_model(checkpoint)
     shutil.rmtree(out)
     return loaded
@@ -123,7 +138,7 @@ def papers_of(variant: str, options: argparse.Namespace) -> dict[Row, Paper]:
     scenes = list(evaluation_scenes(options.images, seed=options.seed))
     exam = Exam(model.module, scenes, encoder(model.processor.tokenizer))
     papers = {}
-    for row in rows_of(variant, options.seeds):
+    for row in rows_of(variant, options):
         kept = options.work / f"{row.name}-{options.seed}-{options.images}-{options.samples}.npz"
         if not kept.exists():
             tested = model if row.method == FULL else quantized(model, row, options)
@@ -180,7 +195,7 @@ def result(papers: dict[Row, Paper], options: argparse.Namespace) -> dict[str, A
         full = papers[Row(row.variant, 0, FULL)]
         pairs.append({**vars(row), "against": FULL, **comparison(full, paper)})
         for first, second in PAIRS:
-            if second == row.method:
+            if second == row.method and first in {ROUNDED, *options.methods}:
                 other = Row(row.variant, row.group, first, 0 if first == ROUNDED else row.seed)
                 pairs.append({**vars(row), "against": first, **comparison(papers[other], paper)})
     return {
@@ -204,7 +219,7 @@ def setup(options: argparse.Namespace) -> dict[str, Any]:
         "calibration": {"data": DATA, "samples": options.samples, "seeds": options.seeds},
         "evaluation": {"images": options.images, "seed": options.seed},
         "switches": {
-            method: METHODS[method].switches.resolved() for method in (ROUNDED, *SEARCHED)
+            method: METHODS[method].switches.resolved() for method in (ROUNDED, *options.methods)
         },
         "blind_accuracy": blind_majority(asked, training=training),
         "device": "cpu, float32",
@@ -229,6 +244,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=UNTOUCHED_SEED, help="evaluation draw")
     parser.add_argument("--samples", type=int, default=128, help="calibration samples")
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws")
+    parser.add_argument("--methods", nargs="+", choices=SEARCHED, default=SEARCHED)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("build/quality"))
     parser.add_argument("--out", type=Path, default=HERE)

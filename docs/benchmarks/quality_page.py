@@ -12,7 +12,10 @@ VARIANTS: Final = {
     "plain": "Sample model",
     "stress": "Stress variant (synthetic outliers)",
 }
-METHODS: Final = {"fp": "full precision", "rtn": "rtn", "awq": "awq", "mbq": "mbq"}
+METHODS: Final = {
+    "fp": "full precision",
+    **{name: name for name in ("rtn", "awq", "mbq", "gptq", "mbq+")},
+}
 MODALITIES: Final = ("answer", "vision", "prompt")
 
 HEAD: Final = """\

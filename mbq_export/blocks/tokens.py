@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +42,21 @@ def count_classes(inputs: Iterable[ModelInputs]) -> dict[str, int]:
             if kind:
                 counts[name] += int((sample.token_classes == kind).sum())
     return counts
+
+
+def hash_inputs(inputs: Iterable[ModelInputs]) -> str:
+    """Identity of the samples as the model sees them."""
+    digest = hashlib.sha256()
+    for sample in inputs:
+        for array in (
+            sample.input_ids,
+            sample.token_classes,
+            sample.image_sizes,
+            sample.pixel_values,
+        ):
+            digest.update(str((array.shape, array.dtype.str)).encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

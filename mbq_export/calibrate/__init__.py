@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from mbq_export.blocks.stream import BlockStream
-from mbq_export.blocks.tokens import count_classes
+from mbq_export.blocks.tokens import count_classes, hash_inputs
 from mbq_export.calibrate.gradients import Gradients, measure
 from mbq_export.calibrate.methods import METHODS
 from mbq_export.calibrate.sensitivity import sensitivity
@@ -101,16 +100,16 @@ def calibrate(
     """
     method = METHODS[recipe.switches.method]
     _check_groups(model, recipe)
-    if method.scales is None:
+    if method.scales is None and not method.needs_ratios(recipe.switches):
         return _result(model, inputs, recipe, report={}, found=[])
     _check_tokens(inputs, recipe)
     stream = BlockStream(model)
     batches = stream.begin(inputs)
     depth = len(stream)
     report = recipe.sensitivity or {}
-    total = depth
+    total = depth if method.scales else 0
     if method.needs_ratios(recipe.switches) and not report:
-        total = 3 * depth
+        total += 2 * depth
         gradients = _gradients(
             stream,
             batches,
@@ -119,6 +118,8 @@ def calibrate(
             _Pass(progress=progress, start=0, total=total),
         )
         report = _report(model, inputs, recipe, gradients)
+    if method.scales is None:
+        return _result(model, inputs, recipe, report=report, found=[])
     job = Job(
         stream=stream,
         places=model.family.smooth,
@@ -222,7 +223,7 @@ def _result(
             **recipe.facts.get("data", {}),
             "samples": len(inputs),
             "tokens": count_classes(inputs),
-            "inputs_sha256": _hash(inputs),
+            "inputs_sha256": hash_inputs(inputs),
         },
         "scheme": recipe.scheme.name,
         "group_size": recipe.group_size,
@@ -245,21 +246,6 @@ def _result(
             "units": [unit for _, record in found for unit in record["units"]],
         },
     )
-
-
-def _hash(inputs: Sequence[ModelInputs]) -> str:
-    """Identity of the samples as the model sees them."""
-    digest = hashlib.sha256()
-    for sample in inputs:
-        for array in (
-            sample.input_ids,
-            sample.token_classes,
-            sample.image_sizes,
-            sample.pixel_values,
-        ):
-            digest.update(str((array.shape, array.dtype.str)).encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 def _check_groups(model: LoadedModel, recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from mbq_export.blocks.ratios import MEASURED_AT
 from mbq_export.errors import FormatError
 from mbq_export.families.base import ANSWER, PROMPT, TOKEN_CLASSES, VISION
 
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mbq_export.calibrate.gradients import Gradients
-
-MEASURED_AT: Final = {"attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
-"""Half of a block to the linear whose output gives its r."""
-HALF_OF: Final = {"qkv": "attn", "o": "attn", "gate_up": "mlp", "down": "mlp"}
-"""Unit to half of a block."""
 
 RESAMPLES: Final = 200
 INTERVAL: Final = (5.0, 95.0)
@@ -140,17 +136,6 @@ def sensitivity(
             for layer in range(len(found.value))
         ],
     }
-
-
-def r_of(report: Mapping[str, Any], layer: int, unit: str) -> float:
-    """Weight of vision tokens for a unit, out of `sensitivity`'s result or an edited copy."""
-    return float(report["layers"][layer]["r"][HALF_OF[unit]])
-
-
-def prompt_weight_of(report: Mapping[str, Any], layer: int, unit: str) -> float:
-    """Clipped weight of prompt tokens for a unit, 0 where it could not be measured."""
-    linear = report["layers"][layer]["linears"][MEASURED_AT[HALF_OF[unit]]]
-    return float(linear["clipped"]["prompt"] or 0.0)
 
 
 def rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mbq_export.blocks.loss import ClassWeights
-from mbq_export.calibrate.sensitivity import prompt_weight_of, r_of
+from mbq_export.blocks.ratios import prompt_weight_of, r_of
 from mbq_export.calibrate.units import UnitView, choose_tokens, observe, run_and_watch
 from mbq_export.errors import located
 from mbq_export.families.base import ANSWER, PROMPT, VISION

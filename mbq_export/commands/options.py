@@ -122,9 +122,54 @@ GroupSize = Annotated[
         show_default=False,
     ),
 ]
-Method = Annotated[str, typer.Option("--method", help="rtn, awq or mbq.")]
+Method = Annotated[
+    str,
+    typer.Option("--method", help="rtn, awq, gptq, mbq, or mbq+: mbq with error feedback."),
+]
 Compat = Annotated[
     str, typer.Option("--compat", help="mbq: the published code's exact arithmetic; none: ours.")
+]
+Rounding = Annotated[
+    str | None,
+    typer.Option(
+        "--rounding",
+        help="nearest, or gptq for error feedback on the calibration data. Default: by method.",
+        show_default=False,
+    ),
+]
+Hessian = Annotated[
+    str | None,
+    typer.Option(
+        "--hessian",
+        help="What error feedback weighs tokens by: plain, balanced, or auto for what serves held-out samples.",
+        show_default=False,
+    ),
+]
+GptqPrefix = Annotated[
+    str | None,
+    typer.Option(
+        "--gptq-prefix",
+        help="Inputs of error feedback: quantized, as the blocks before leave them, or fp.",
+        show_default=False,
+    ),
+]
+Asym = Annotated[
+    str | None,
+    typer.Option(
+        "--asym",
+        help="How far error feedback aims at the full-precision output: 0 to 1, or auto for what serves held-out "
+        "samples.",
+        show_default=False,
+    ),
+]
+Damp = Annotated[
+    float | None,
+    typer.Option(
+        "--damp",
+        help="Share of its mean diagonal that a Hessian is damped with. Default: 0.01.",
+        min=0.0,
+        show_default=False,
+    ),
 ]
 TextOnly = Annotated[
     bool, typer.Option("--text-only-ok", help="Accept calibration data without images.")
@@ -200,15 +245,28 @@ Threads = Annotated[
 ]
 
 
-def switches(compat: str) -> dict[str, str]:
+def switches(compat: str = "none", **chosen: str | float | None) -> dict[str, str | float]:
     """Switches of a method that the user replaced.
 
+    Args:
+        compat: As typed.
+        chosen: Other switches by name as typed, None where the option was left out.
+
     Raises:
-        BadParameter: If compat is not ``none`` or ``mbq``.
+        BadParameter: If compat is not ``none`` or ``mbq``, or asym neither ``auto`` nor a number.
     """
     if compat not in {"none", "mbq"}:
         raise typer.BadParameter(f"{compat!r} is not one of none, mbq", param_hint="--compat")
-    return {} if compat == "none" else {"compat": compat}
+    found = {name: value for name, value in chosen.items() if value is not None}
+    asym = found.get("asym")
+    if isinstance(asym, str) and asym != "auto":
+        try:
+            found["asym"] = float(asym)
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"{asym!r} is neither a number nor auto", param_hint="--asym"
+            ) from error
+    return found if compat == "none" else {"compat": compat, **found}
 
 
 def group_size(text: str | None) -> int | None:

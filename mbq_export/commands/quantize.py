@@ -39,23 +39,38 @@ def command(
             show_default=False,
         ),
     ] = None,
+    rounding: options.Rounding = None,
+    hessian: options.Hessian = None,
+    gptq_prefix: options.GptqPrefix = None,
+    asym: options.Asym = None,
+    damp: options.Damp = None,
+    data: options.Data = None,
+    text_only_ok: options.TextOnly = False,
+    skip_bad: options.SkipBad = 0,
     ignore_extra: options.IgnoreExtra = None,
     force: options.Force = False,
 ) -> None:
     """Fold the scales, round, pack, and write a checkpoint.
 
+    Error feedback looks at the calibration data again: --data is that of the scales, drawn the same way.
+
     Codes of others are taken over as they are, without --scales.
 
     mbq-export quantize --model tiny-llava-ov --scales scales -o checkpoint
     """
+    from mbq_export.calibrate.methods.base import replaced
     from mbq_export.channel_scales import ChannelScales
     from mbq_export.checkpoint import CHECKPOINT_FILE
+    from mbq_export.pipeline.calibration import samples_of_scales
     from mbq_export.pipeline.plan import make_plan
     from mbq_export.pipeline.request import BuildRequest
     from mbq_export.quantize import quantize
     from mbq_export.writing import staging
 
     console: Console = context.obj
+    chosen = options.switches(
+        rounding=rounding, hessian=hessian, gptq_prefix=gptq_prefix, asym=asym, damp=damp
+    )
     if scales is None:
         request = BuildRequest(
             model=model,
@@ -63,6 +78,8 @@ def command(
             weight_bits=wbits,
             scheme=scheme,
             group_size=options.group_size(group_size),
+            replaced=chosen,
+            data=data,
             targets=("cpu",),
             models=options.models_folder(),
             ignore_extra=options.patterns(ignore_extra, "--ignore-extra"),
@@ -73,17 +90,25 @@ def command(
         _take_over(console, request)
         return
     found = ChannelScales.read(scales)
+    switches = replaced(found.switches, chosen)
+    found = replace(found, calib={**found.calib, "switches": switches.resolved()})
+    drawn = found.calib.get("data", {})
     request = BuildRequest(
         model=model,
         out=out,
         weight_bits=wbits,
         scheme=scheme or (found.calib.get("scheme") if wbits is None else None),
         group_size=options.group_size(group_size),
-        method=found.switches.method,
-        data="builtin:shapes",
+        method=switches.method,
+        replaced=chosen,
+        # Nearest rounding looks at no data; what is named then only keeps the plan from asking for some.
+        data=data if switches.rounding == "gptq" else "builtin:shapes",
+        samples=drawn.get("samples") or 128,
         targets=("cpu",),
         models=options.models_folder(),
-        seed=console.seed,
+        seed=found.calib.get("seed", console.seed),
+        text_only_ok=text_only_ok,
+        skip_bad=skip_bad,
         ignore_extra=options.patterns(ignore_extra, "--ignore-extra"),
         record=CHECKPOINT_FILE,
         force=force,
@@ -99,6 +124,7 @@ def command(
             scheme=plan.scheme,
             group_size=plan.group_size,
             out=out,
+            samples=samples_of_scales(plan, loaded, found),
             progress=progress,
         )
     _finish(console, plan, checkpoint)

@@ -193,13 +193,14 @@ def data_of(request: BuildRequest) -> CalibrationData:
         FormatError: E43xx for the data.
     """
     name = request.data
-    if name is None and (request.model == SHIPPED or request.method == "rtn"):
+    blind = request.method == "rtn" and request.replaced.get("rounding") != "gptq"
+    if name is None and (request.model == SHIPPED or blind):
         name = DEFAULT_DATA
     if name is None:
         raise UsageError(
             "E2018",
             f"--method {request.method} needs calibration data for {request.model}.",
-            why="scales are searched on pictures and answers like those of the deployment",
+            why="scales and roundings are chosen on pictures and answers like those of the deployment",
             fix=("--data calib.jsonl", f"--data {DEFAULT_DATA} (a smoke test, not for real use)"),
         )
     return read_manifest(

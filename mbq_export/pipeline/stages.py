@@ -24,7 +24,7 @@ from mbq_export.errors import located
 from mbq_export.evaluate.validate import failure, validate_build
 from mbq_export.export import ExportRecord, GraphForm, export
 from mbq_export.families.base import LoadedModel
-from mbq_export.pipeline.calibration import channel_scales
+from mbq_export.pipeline.calibration import channel_scales, samples_of_scales
 from mbq_export.pipeline.continuing import (
     CALIBRATION,
     check_graphs,
@@ -230,12 +230,14 @@ def _quantize(work: _Work, model: LoadedModel, progress: Progress) -> None:
         out = work.folder(WEIGHTS)
         import_checkpoint(plan.foreign, model, out=out, staged=staged, progress=progress)
         return
+    scales = ChannelScales.read(work.folder(CALIBRATION))
     quantize(
         model,
-        ChannelScales.read(work.folder(CALIBRATION)),
+        scales,
         scheme=plan.scheme,
         group_size=plan.group_size,
         out=work.folder(WEIGHTS),
+        samples=samples_of_scales(plan, model, scales),
         state=work.state,
         progress=progress,
     )
@@ -348,8 +350,8 @@ def _facts(plan: Plan, staged: Path, checkpoint: QuantCheckpoint) -> dict[str, A
         "engines": engine_facts(staged / ENGINES),
         "skipped_engines": dict(plan.skipped_engines),
         "lowering": {"engines": plan.form.lowering, "why": plan.form.reason},
-        "engine_dtype": None if plan.lowering is None else dtype.facts(),
         **({} if plan.kept is None else {"from": origin(plan)}),
+        "engine_dtype": None if plan.lowering is None else dtype.facts(),
     }
 
 

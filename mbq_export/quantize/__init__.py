@@ -15,6 +15,7 @@ from mbq_export.quantize.apply import (
     check_finite,
     content_hash,
     exact,
+    pass_block,
     quantize_block,
 )
 from mbq_export.quantize.facts import (
@@ -23,6 +24,7 @@ from mbq_export.quantize.facts import (
     number_facts,
     skipped_modules,
 )
+from mbq_export.quantize.feedback import Feedback, Samples
 from mbq_export.quantize.write import write_checkpoint
 from mbq_export.writing import explained, partial_path, publish
 
@@ -48,6 +50,7 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
     scheme: QuantScheme | None,
     group_size: int,
     out: Path,
+    samples: Samples | None = None,
     state: State | None = None,
     progress: Progress = silent,
 ) -> QuantCheckpoint:
@@ -59,12 +62,15 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
         scheme: Number format; None keeps every linear as it is (the full-precision baseline).
         group_size: Columns that share a scale, or `CHANNEL`; ignored without a scheme.
         out: Folder to make; appears only when complete.
+        samples: What error feedback looks at; not used by nearest rounding.
         state: Finished blocks are kept in it and not done again. That it belongs to the same arguments is
             its opener's business. Without it they are kept in memory.
         progress: Called after each block.
 
     Raises:
-        UsageError: E2004 naming the linear if the group size does not fit its inputs, E2007 if those are too many.
+        UsageError: E2004 naming the linear if the group size does not fit its inputs, E2007 if those are too many,
+            E2002 or E2018 if error feedback lacks what it weighs by.
+        GateError: E1103 or E1110 naming the linear whose inputs cannot be used.
         FormatError: E4110 or E4112 naming the tensor, E4314 for a scale that fits no unit.
         ResourceError: E5001 or E5008.
     """
@@ -76,12 +82,9 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
     stream = BlockStream(model)
     _check_groups(model, rounding)
     _check_blocks(scales, len(stream))
-    blocks = []
-    for index in range(len(stream)):
-        blocks.append(
-            _finished(model, stream, index, scales=scales, rounding=rounding, state=state)
-        )
-        progress(index + 1, len(stream), f"rel. error {blocks[-1].error:.3g}")
+    blocks = _blocks(
+        model, stream, scales, rounding, samples=samples, state=state, progress=progress
+    )
     rest = _rest(model)
     check_finite(rest)
     # A state usually lies where the output would be staged by itself.
@@ -105,20 +108,46 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
     return QuantCheckpoint.open(out, verify=False)
 
 
-def _finished(
+def _blocks(  # noqa: PLR0913 - all that decides them, and who hears of it
     model: LoadedModel,
     stream: BlockStream,
-    index: int,
-    *,
     scales: ChannelScales,
     rounding: Rounding,
+    *,
+    samples: Samples | None,
     state: State | None,
-) -> QuantizedBlock:
-    """A block from the state, or done now."""
-    kept = _kept(state, index)
-    if kept is not None:
-        return kept
-    block = quantize_block(model, stream, index, scales, rounding)
+    progress: Progress,
+) -> list[QuantizedBlock]:
+    """All blocks; those of an earlier run are only passed, and only where a later one needs what they leave."""
+    depth = len(stream)
+    found = [_kept(state, index) for index in range(depth)]
+    last = max((index for index in range(depth) if found[index] is None), default=-1)
+    feedback = None
+    if rounding.scheme is not None and scales.switches.rounding == "gptq" and last >= 0:
+        feedback = Feedback(
+            model,
+            stream,
+            scales,
+            samples,
+            scheme=rounding.scheme,
+            group_size=rounding.group_size,
+        )
+    blocks = []
+    for index, kept in enumerate(found):
+        if kept is not None:
+            block = kept
+            if feedback is not None and index < last:
+                pass_block(model, stream, index, kept, feedback=feedback)
+        else:
+            made = quantize_block(model, stream, index, scales, rounding, feedback=feedback)
+            block = _saved(state, index, made)
+        blocks.append(block)
+        progress(index + 1, depth, f"rel. error {block.error:.3g}")
+    return blocks
+
+
+def _saved(state: State | None, index: int, block: QuantizedBlock) -> QuantizedBlock:
+    """A block as it lies in the state, mapped, so that its memory is free."""
     if state is None:
         return block
     record = {"linears": list(block.linears), "sha256": block.sha256}

@@ -20,7 +20,7 @@ from mbq_export.errors import FormatError, located
 from mbq_export.schemes.affine import Codes, dequantize
 from mbq_export.schemes.affine import quantize as round_to_codes
 from mbq_export.schemes.base import CHANNEL
-from mbq_export.schemes.layouts.dense import pack
+from mbq_export.schemes.layouts.dense import pack, unpack
 from mbq_export.tensor_file import BFLOAT16, DTYPES
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mbq_export.blocks.stream import BlockStream
     from mbq_export.channel_scales import ChannelScales
     from mbq_export.families.base import LoadedModel
+    from mbq_export.quantize.feedback import Feedback
     from mbq_export.schemes.base import QuantScheme
 
 logger = logging.getLogger(__name__)
@@ -77,12 +78,27 @@ class QuantizedBlock:
 
 
 def quantize_block(
-    model: LoadedModel, stream: BlockStream, index: int, scales: ChannelScales, rounding: Rounding
+    model: LoadedModel,
+    stream: BlockStream,
+    index: int,
+    scales: ChannelScales,
+    rounding: Rounding,
+    *,
+    feedback: Feedback | None = None,
 ) -> QuantizedBlock:
     """Fold a block's channel scales and round its linears, in float32 whatever the model's dtype.
 
+    Args:
+        model: Names the linears.
+        stream: Gives the block.
+        index: Its position.
+        scales: Folded before rounding.
+        rounding: Number format.
+        feedback: Rounds to what linears read, not each weight by itself; must have passed the blocks before.
+
     Raises:
         FormatError: E4110 or E4112 naming the tensor, E4314 for a scale that does not fit.
+        GateError: E1103 or E1110 from error feedback.
     """
     family = model.family
     path = f"{family.blocks}.{index}"
@@ -96,12 +112,16 @@ def quantize_block(
         with located(path):
             fold(block, scales.of_block(index), smooth=family.smooth, text=model.text)
         folded = {f"{path}.{name}": tensor for name, tensor in block.state_dict().items()}
+        found = None if feedback is None else feedback.round(block, index)
         if rounding.scheme is not None:
             for linear in family.linears:
                 name = f"{path}.{linear}"
                 weight = folded.pop(f"{name}.weight")
                 with located(name):
-                    codes = _rounded(weight, rounding, stored=_stored_dtype(model, name))
+                    if found is None:
+                        codes = _rounded(weight, rounding, stored=_stored_dtype(model, name))
+                    else:
+                        codes = found.codes[linear]
                     rows.append(
                         {
                             "name": name,
@@ -113,12 +133,37 @@ def quantize_block(
                             "alpha": _alpha(model, scales, index, linear),
                             "error": {"weight": relative_error(codes, weight)},
                             "clamped_scales": codes.clamped,
+                            **({} if found is None else found.facts[linear]),
                         }
                     )
                     note_zeros(name, weight, codes)
                 tensors |= _packed(name, codes, rounding.scheme)
         tensors |= {name: exact(tensor, model, name) for name, tensor in folded.items()}
+        if feedback is not None and found is not None and index + 1 < len(stream):
+            feedback.go_on(block, index, found.codes)
     return QuantizedBlock(tensors=tensors, linears=tuple(rows), sha256=digest)
+
+
+def pass_block(
+    model: LoadedModel,
+    stream: BlockStream,
+    index: int,
+    kept: QuantizedBlock,
+    *,
+    feedback: Feedback,
+) -> None:
+    """Let the rows of error feedback pass a block that an earlier run finished.
+
+    The result is that of passing it when it was rounded: codes and scales are stored as they were computed with.
+    """
+    path = f"{model.family.blocks}.{index}"
+    with stream.block(index) as block:
+        feedback.folded(block, index)
+        codes = {
+            row["name"].removeprefix(f"{path}."): _unpacked(kept.tensors, row, feedback.scheme)
+            for row in kept.linears
+        }
+        feedback.go_on(block, index, codes)
 
 
 def exact(tensor: Tensor, model: LoadedModel, name: str) -> NDArray[Any]:
@@ -219,6 +264,23 @@ def _packed(name: str, codes: Codes, scheme: QuantScheme) -> dict[str, NDArray[A
         f"{name}.scales": codes.scales.numpy(),
         **zeros,
     }
+
+
+def _unpacked(
+    tensors: Mapping[str, NDArray[Any]], row: Mapping[str, Any], scheme: QuantScheme
+) -> Codes:
+    """Undo `_packed`."""
+    name = row["name"]
+    scales = torch.from_numpy(np.array(tensors[f"{name}.scales"]))
+    words = np.array(tensors[f"{name}.qweight"]).view(np.uint32)
+    return Codes(
+        codes=torch.from_numpy(unpack(words, bits=scheme.weight_bits, columns=row["k"])),
+        scales=scales,
+        zeros=torch.full_like(scales, scheme.middle).to(torch.uint8)
+        if scheme.symmetric
+        else torch.from_numpy(np.array(tensors[f"{name}.zeros"])),
+        clamped=row["clamped_scales"],
+    )
 
 
 def _stored_dtype(model: LoadedModel, linear: str) -> torch.dtype:

@@ -35,6 +35,21 @@ LARGEST_ACTIVATION = 127
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Where the codes of groups lie on the real line.
+
+    Attributes:
+        scales: (...) one per group: float16; per channel of a symmetric scheme float32.
+        zeros: (...) same shape, floating: the code that stands for 0.
+        clamped: Groups whose scale was raised to the smallest allowed.
+    """
+
+    scales: Tensor
+    zeros: Tensor
+    clamped: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Codes:
     """Integer codes of one weight and what turns them back into numbers.
 
@@ -83,17 +98,40 @@ def quantize(
     compat = compat and not scheme.symmetric
     # The published rule works in the weight's own dtype, ours in float32.
     exact = grouped if compat else grouped.float()
-    if scheme.symmetric:
-        scales, clamped = _symmetric_grid(exact, scheme, channel=group_size == CHANNEL)
-        zeros = torch.full_like(scales, scheme.middle)
+    if compat:
+        grid = _compat_grid(exact, scheme.largest_code)
     else:
-        scales, zeros, clamped = (_compat_grid if compat else _grid)(exact, scheme.largest_code)
+        grid = grid_of(exact, scheme=scheme, channel=group_size == CHANNEL)
     return Codes(
-        codes=_codes(exact, scales, zeros, scheme.largest_code).reshape(rows, columns),
-        scales=scales,
-        zeros=zeros.to(torch.uint8),
-        clamped=clamped,
+        codes=codes_on(exact, grid, scheme=scheme).reshape(rows, columns),
+        scales=grid.scales,
+        zeros=grid.zeros.to(torch.uint8),
+        clamped=grid.clamped,
     )
+
+
+def grid_of(grouped: Tensor, *, scheme: QuantScheme, channel: bool) -> Grid:
+    """Scale and zero point of groups of weights, by our rule.
+
+    Args:
+        grouped: (..., size) float32, one group along the last axis.
+        scheme: Gives the width of a code, and whether there are zero points.
+        channel: Whether a group is a whole row, whose scale stays float32 in a symmetric scheme.
+
+    Raises:
+        FormatError: E4112 for a range that fp16 cannot hold.
+    """
+    if not scheme.symmetric:
+        return _grid(grouped, scheme.largest_code)
+    scales, clamped = _symmetric_grid(grouped, scheme, channel=channel)
+    return Grid(scales=scales, zeros=torch.full_like(scales, scheme.middle), clamped=clamped)
+
+
+def codes_on(grouped: Tensor, grid: Grid, *, scheme: QuantScheme) -> Tensor:
+    """Nearest codes on a grid, whatever it was made of: (..., size) to (..., size) uint8."""
+    steps = torch.round(grouped / grid.scales[..., None].to(grouped.dtype))
+    moved = steps + grid.zeros[..., None].to(grouped.dtype)
+    return moved.clamp(0, scheme.largest_code).to(torch.uint8)
 
 
 def dequantize(codes: Codes) -> Tensor:
@@ -124,7 +162,7 @@ def rounded_per_token(x: Tensor) -> Tensor:
     return codes * scales
 
 
-def _grid(grouped: Tensor, largest: int) -> tuple[Tensor, Tensor, int]:
+def _grid(grouped: Tensor, largest: int) -> Grid:
     low = grouped.amin(-1).clamp(max=0.0)
     high = grouped.amax(-1).clamp(min=0.0)
     step = (high - low) / largest
@@ -133,7 +171,7 @@ def _grid(grouped: Tensor, largest: int) -> tuple[Tensor, Tensor, int]:
     # against it. 1.0 at s = 0.4 is a tie; at fp16(0.4) it is not.
     scales = step.clamp(min=SMALLEST_SCALE).to(torch.float16)
     zeros = torch.round(-low / scales.float()).clamp(0, largest)
-    return scales, zeros, int((step < SMALLEST_SCALE).sum())
+    return Grid(scales=scales, zeros=zeros, clamped=int((step < SMALLEST_SCALE).sum()))
 
 
 def _symmetric_grid(grouped: Tensor, scheme: QuantScheme, *, channel: bool) -> tuple[Tensor, int]:
@@ -157,13 +195,8 @@ def _check_fits_fp16(step: Tensor, *, steps: int) -> None:
         )
 
 
-def _compat_grid(grouped: Tensor, largest: int) -> tuple[Tensor, Tensor, int]:
+def _compat_grid(grouped: Tensor, largest: int) -> Grid:
     low, high = grouped.amin(-1), grouped.amax(-1)
     scales = (high - low).clamp(min=1e-5) / largest
     zeros = (-torch.round(low / scales)).clamp(0, largest)
-    return scales, zeros, int(((high - low) < 1e-5).sum())
-
-
-def _codes(grouped: Tensor, scales: Tensor, zeros: Tensor, largest: int) -> Tensor:
-    steps = torch.round(grouped / scales[..., None].to(grouped.dtype))
-    return (steps + zeros[..., None].to(grouped.dtype)).clamp(0, largest).to(torch.uint8)
+    return Grid(scales=scales, zeros=zeros, clamped=int(((high - low) < 1e-5).sum()))

@@ -6,15 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mbq_export.blocks.ratios import prompt_weight_of, r_of
 from mbq_export.calibrate.gradients import Gradients
-from mbq_export.calibrate.sensitivity import (
-    floored,
-    prompt_weight_of,
-    r_of,
-    ratios,
-    rows,
-    sensitivity,
-)
+from mbq_export.calibrate.sensitivity import floored, ratios, rows, sensitivity
 from mbq_export.errors import FormatError
 from mbq_export.families.base import ANSWER, LINEARS, PROMPT, VISION
 from tests.reference.published import lifted, ratio

@@ -105,7 +105,7 @@ def test_the_work_of_a_build_in_the_same_place_is_kept(model: Path, tmp_path: Pa
     [
         (["--wbits", "16"], 2, "E2005", "--wbits 16 has nothing to calibrate."),
         (["--group-size", "48"], 2, "E2004", "w3a16 has no groups of 48."),
-        (["--method", "gptq"], 2, "E2001", "Unknown method 'gptq'."),
+        (["--method", "qvlm"], 2, "E2001", "Unknown method 'qvlm'."),
         (["--data", "nope.jsonl"], 4, "E4301", "There is no file 'nope.jsonl'"),
     ],
 )

@@ -1,12 +1,15 @@
 """`quantize`: channel scales and a model become a checkpoint."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mbq_export.checkpoint import QuantCheckpoint
 from tests.command_line import run, tell
+from tests.conftest import SHORT_BUILD
 
 
 def test_checkpoint_is_that_of_the_build_with_the_same_scales(
@@ -65,3 +68,118 @@ def test_edited_scale_is_refused(model: Path, bundle: Path, tmp_path: Path) -> N
     outcome = run("quantize", "--model", model, "--scales", scales, "-o", tmp_path / "x")
     assert (outcome.status, outcome.code) == (4, "E4314")
     assert [path.name for path in tmp_path.iterdir()] == ["scales"]
+
+
+DATA = ("--data", "builtin:shapes")
+
+
+@pytest.fixture(scope="module")
+def scales_of(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Channel scales of four samples by method, made when first asked for."""
+
+    @functools.cache
+    def made(*line: str) -> Path:
+        out = tmp_path_factory.mktemp("scales") / "scales"
+        fixed = (*DATA, "--samples", "4", "--group-size", "64")
+        outcome = run("calibrate", "--model", model, *fixed, "--method", *line, "-o", out)
+        assert outcome.status == 0, outcome.err
+        return out
+
+    return made
+
+
+def test_error_feedback_of_the_stage_alone_is_that_of_the_build(
+    model: Path, tmp_path: Path
+) -> None:
+    built = run("build", "--model", model, *SHORT_BUILD, "--method", "mbq+", "-o", tmp_path / "b")
+    assert built.status == 0, built.err
+    scales = tmp_path / "b" / "calibration"
+    line = ("--scales", scales, *DATA, "-o", tmp_path / "c")
+    outcome = run("quantize", "--model", model, *line)
+    assert outcome.status == 0, outcome.err
+    files = {path.name: path.read_bytes() for path in (tmp_path / "b" / "weights").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == files
+    info = QuantCheckpoint.open(tmp_path / "c").info
+    assert {row["rounding"] for row in info["linears"]} == {"gptq"}
+    assert (info["method"]["hessian"], info["method"]["asym"]) == ("auto", "auto")
+
+
+def test_options_replace_what_the_scales_say_of_rounding(
+    model: Path, scales_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    fixed = ("quantize", "--model", model, "--scales", scales_of("mbq"), *DATA)
+    line = ("--rounding", "gptq", "--asym", "0.5", "--damp", "0.05", "--gptq-prefix", "fp")
+    outcome = run(*fixed, *line, "--hessian", "balanced", "-o", tmp_path / "fed")
+    assert outcome.status == 0, outcome.err
+    row = outcome.document["result"]["linears"][0]
+    assert row["rounding"] == "gptq"
+    assert (row["feedback"]["asym"], row["feedback"]["damp"]) == (0.5, 0.05)
+    assert row["feedback"]["hessian"] == "balanced"
+    method = QuantCheckpoint.open(tmp_path / "fed").info["method"]
+    assert (method["name"], method["rounding"], method["gptq_prefix"]) == ("mbq", "gptq", "fp")
+
+
+def test_feedback_can_be_left_out_and_then_needs_no_data(
+    model: Path, scales_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    line = ("--scales", scales_of("gptq"), "--rounding", "nearest", "-o", tmp_path / "c")
+    outcome = run("quantize", "--model", model, *line)
+    assert outcome.status == 0, outcome.err
+    assert "rounding" not in outcome.document["result"]["linears"][0]
+
+
+def test_gradients_are_measured_for_feedback_that_weighs_classes(
+    scales_of: Callable[..., Path],
+) -> None:
+    plain = json.loads((scales_of("gptq") / "sensitivity.json").read_text())
+    folder = scales_of("gptq", "--hessian", "auto")
+    weighed = json.loads((folder / "sensitivity.json").read_text())
+    assert "layers" not in plain
+    assert len(weighed["layers"]) == 2
+    assert json.loads((folder / "calib.json").read_text())["units"] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "line", "status", "code", "words", "fix"),
+    [
+        ("gptq", (), 2, "E2018", "--method gptq needs calibration data", "--data calib.jsonl"),
+        (
+            "gptq",
+            ("--data", "builtin:shapes-captions"),
+            4,
+            "E4315",
+            "builtin:shapes-captions, 4 samples drawn with seed 0, is not the data of the scales.",
+            "--data with the file that calibrate read",
+        ),
+        (
+            "awq",
+            (*DATA, "--rounding", "gptq", "--hessian", "balanced"),
+            2,
+            "E2002",
+            "their ratios were not measured",
+            "--hessian plain",
+        ),
+        ("mbq", ("--damp", "0.1"), 2, "E2002", "--damp decides nothing here.", "--rounding gptq"),
+        ("gptq", (*DATA, "--hessian", "some"), 2, "E2001", "Switch hessian", "--hessian with"),
+        ("gptq", (*DATA, "--asym", "2"), 2, "E2001", "Switch asym", "--asym with"),
+        ("gptq", (*DATA, "--asym", "half"), 2, "E2001", "neither a number nor auto", ""),
+    ],
+)
+def test_feedback_that_cannot_be_is_refused_with_what_mends_it(
+    model: Path,
+    scales_of: Callable[..., Path],
+    tmp_path: Path,
+    method: str,
+    line: tuple[str, ...],
+    status: int,
+    code: str,
+    words: str,
+    fix: str,
+) -> None:
+    scales = scales_of(method)
+    outcome = run("quantize", "--model", model, "--scales", scales, *line, "-o", tmp_path / "x")
+    assert (outcome.status, outcome.code) == (status, code)
+    error = outcome.document["error"]
+    assert words in error["message"]
+    assert not fix or any(fix in text for text in error["fix"])
+    assert list(tmp_path.iterdir()) == []

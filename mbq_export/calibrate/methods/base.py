@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from mbq_export.channel_scales import Switches
+from mbq_export.channel_scales import OF_FEEDBACK, Switches
 from mbq_export.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ PUBLISHED: Final[Mapping[str, object]] = {
     "r_floor": "median",
     "search_prompt_weight": "0",
     "prefix": "fp",
+    "rounding": "nearest",
 }
 """What ``--compat mbq`` fixes beside the quantizer's arithmetic (METHODS 2.5)."""
 
@@ -61,8 +62,9 @@ class Method:
     scales: ScaleRule | None
 
     def needs_ratios(self, switches: Switches) -> bool:
-        """Whether gradients must be measured for these switches."""
-        return self.scales is not None and (self.balanced or switches.stat == "balanced")
+        """Whether gradients must be measured for these switches, by the search or by error feedback."""
+        search = self.scales is not None and (self.balanced or switches.stat == "balanced")
+        return search or (switches.rounding == "gptq" and switches.hessian != "plain")
 
     def resolve(self, chosen: Mapping[str, Any]) -> Switches:
         """Put the user's choices over the preset.
@@ -71,10 +73,17 @@ class Method:
             chosen: Fields of `Switches` that the user named, nothing else.
 
         Raises:
-            UsageError: E2002 if a choice contradicts ``compat``.
+            UsageError: E2001 for an unknown value, E2002 if a choice contradicts ``compat`` or decides nothing.
         """
         if chosen.get("compat") != "mbq":
-            return replace(self.switches, **chosen)
+            return replaced(self.switches, chosen)
+        if self.switches.rounding != PUBLISHED["rounding"]:
+            raise UsageError(
+                "E2002",
+                f"--compat mbq contradicts --method {self.name}.",
+                why="the published code rounds to the nearest code",
+                fix=("--method mbq", "leave --compat out"),
+            )
         for name, value in chosen.items():
             if PUBLISHED.get(name, value) != value:
                 raise UsageError(
@@ -83,4 +92,22 @@ class Method:
                     why=f"the published code uses {name} = {PUBLISHED[name]}",
                     fix=(f"leave {name} out", "leave --compat out"),
                 )
-        return replace(self.switches, **{**PUBLISHED, **chosen})
+        return replaced(self.switches, {**PUBLISHED, **chosen})
+
+
+def replaced(switches: Switches, chosen: Mapping[str, Any]) -> Switches:
+    """Put the user's choices over resolved switches.
+
+    Raises:
+        UsageError: E2001 for an unknown value, E2002 for a choice that decides nothing.
+    """
+    found = replace(switches, **chosen)
+    idle = [name for name in OF_FEEDBACK if name in chosen]
+    if idle and found.rounding != "gptq":
+        raise UsageError(
+            "E2002",
+            f"--{idle[0].replace('_', '-')} decides nothing here.",
+            why=f"--rounding {found.rounding} rounds each weight by itself",
+            fix=("--rounding gptq", "--method mbq+"),
+        )
+    return found

@@ -1,6 +1,7 @@
 """Every method keeps the promises of a method; presets give way to the user, not to contradictions."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ NAMES = METHODS.names()
 
 
 def test_the_methods_are_found_by_their_files() -> None:
-    assert NAMES == ("awq", "mbq", "rtn")
+    assert NAMES == ("awq", "gptq", "mbq", "mbq+", "rtn")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,6 +74,38 @@ def test_ratios_are_needed_where_something_is_weighed_by_them() -> None:
         ("awq", "mixed", False),
         ("awq", "balanced", True),
         ("rtn", "balanced", False),
+        ("gptq", "mixed", False),
+        ("mbq+", "mixed", True),
     ):
         method = METHODS[name]
         assert method.needs_ratios(method.resolve({"stat": stat})) is needed
+
+
+@pytest.mark.parametrize(("hessian", "needed"), [("plain", False), ("auto", True)])
+def test_feedback_that_weighs_token_classes_needs_ratios(hessian: str, needed: bool) -> None:
+    for name in ("rtn", "gptq", "awq"):
+        method = METHODS[name]
+        switches = method.resolve({"rounding": "gptq", "hessian": hessian})
+        assert method.needs_ratios(switches) is needed
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"hessian": "plain"}, {"gptq_prefix": "fp"}, {"asym": 0.5}, {"damp": 0.1}]
+)
+def test_a_choice_that_decides_nothing_is_refused(chosen: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="decides nothing here") as caught:
+        METHODS["mbq"].resolve(chosen)
+    assert caught.value.code == "E2002"
+    with pytest.raises(UsageError, match="decides nothing here"):
+        METHODS["mbq+"].resolve({"rounding": "nearest", **chosen})
+    found = METHODS["mbq"].resolve({"rounding": "gptq", **chosen}).resolved()
+    assert {name: found[name] for name in chosen} == chosen
+
+
+@pytest.mark.parametrize("name", ["gptq", "mbq+"])
+def test_compatibility_has_no_error_feedback(name: str) -> None:
+    with pytest.raises(UsageError, match="--compat mbq contradicts --method") as caught:
+        METHODS[name].resolve({"compat": "mbq"})
+    assert caught.value.code == "E2002"
+    with pytest.raises(UsageError, match="--compat mbq contradicts rounding = gptq"):
+        METHODS["mbq"].resolve({"compat": "mbq", "rounding": "gptq"})

@@ -1,0 +1,45 @@
+"""Weights of token classes, read from a sensitivity report as `calibrate` measures it or a user edits it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from mbq_export.blocks.loss import ClassWeights
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MEASURED_AT: Final = {"attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
+"""Half of a block to the linear whose output gives its r."""
+HALF_OF: Final = {"qkv": "attn", "o": "attn", "gate_up": "mlp", "down": "mlp"}
+"""Unit to half of a block."""
+
+ALIKE: Final = ClassWeights(vision=1.0, prompt=1.0)
+"""All real tokens weigh the same."""
+
+
+def r_of(report: Mapping[str, Any], layer: int, unit: str) -> float:
+    """Weight of vision tokens for a unit."""
+    return float(report["layers"][layer]["r"][HALF_OF[unit]])
+
+
+def prompt_weight_of(report: Mapping[str, Any], layer: int, unit: str) -> float:
+    """Clipped weight of prompt tokens for a unit, 0 where it could not be measured."""
+    linear = report["layers"][layer]["linears"][MEASURED_AT[HALF_OF[unit]]]
+    return float(linear["clipped"]["prompt"] or 0.0)
+
+
+def weights_of_linear(report: Mapping[str, Any], layer: int, linear: str) -> ClassWeights:
+    """A linear's own clipped ratios (METHODS 4.4), which its Gram matrix is weighed with.
+
+    Never the ratio of another linear: keys and values of early tokens are read by all later ones, so theirs
+    often exceed 1 where that of the attention output is far below. A class that could not be measured weighs 1.
+    """
+    clipped = report["layers"][layer]["linears"][linear]["clipped"]
+    return ClassWeights(
+        vision=_or_one(clipped.get("vision")), prompt=_or_one(clipped.get("prompt"))
+    )
+
+
+def _or_one(value: float | None) -> float:
+    return 1.0 if value is None else float(value)

@@ -1,0 +1,42 @@
+"""Weights of token classes out of a report."""
+
+from typing import Any
+
+from mbq_export.blocks.loss import ClassWeights
+from mbq_export.blocks.ratios import prompt_weight_of, r_of, weights_of_linear
+
+
+def report() -> dict[str, Any]:
+    clipped = {
+        "self_attn.k_proj": {"vision": 8.0, "prompt": 2.0},
+        "self_attn.o_proj": {"vision": 0.125, "prompt": None},
+        "mlp.down_proj": {"vision": None, "prompt": 3.0},
+    }
+    return {
+        "layers": [
+            {
+                "r": {"attn": 0.5, "mlp": 0.25},
+                "linears": {name: {"clipped": values} for name, values in clipped.items()},
+            }
+        ]
+    }
+
+
+def test_a_unit_has_the_r_of_its_half() -> None:
+    assert [r_of(report(), 0, unit) for unit in ("qkv", "o", "gate_up", "down")] == [
+        0.5, 0.5, 0.25, 0.25,
+    ]  # fmt: skip
+
+
+def test_a_linear_has_weights_of_its_own() -> None:
+    assert weights_of_linear(report(), 0, "self_attn.k_proj") == ClassWeights(
+        vision=8.0, prompt=2.0
+    )
+
+
+def test_what_was_not_measured_weighs_one_in_a_hessian_and_nothing_in_the_search() -> None:
+    found = weights_of_linear(report(), 0, "self_attn.o_proj")
+    assert (found.vision, found.prompt) == (0.125, 1.0)
+    assert weights_of_linear(report(), 0, "mlp.down_proj").vision == 1.0
+    assert prompt_weight_of(report(), 0, "qkv") == 0.0
+    assert prompt_weight_of(report(), 0, "down") == 3.0
