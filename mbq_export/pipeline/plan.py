@@ -161,7 +161,8 @@ class Plan:
                 "decoder linears",
                 linears,
                 bits,
-                f"{self.scheme.name} {group_name(group)}, {self.switches.method}",
+                f"{self.scheme.name} {group_name(group)}, {self.switches.method}"
+                + (", scales of others" if self.request.import_scales else ""),
             ),
             ("vision tower, projector", 1, "16", "policy: small, and sensitive"),
             ("token embedding, head", 2, "16", "policy: read once per token, or tied"),

@@ -176,3 +176,12 @@ def test_linear_shapes_are_those_of_the_checkpoint(request_: BuildRequest) -> No
     shapes = linear_shapes(make_plan(request_).text)
     assert shapes["self_attn.k_proj"] == (64, 256)
     assert shapes["mlp.down_proj"] == (256, 768)
+
+
+def test_table_says_whose_scales_are_used(request_: BuildRequest) -> None:
+    theirs = request_.out.with_name("theirs.safetensors")
+    theirs.write_bytes(b"")
+    theirs.with_suffix(".json").write_text("{}")
+    plan = make_plan(replace(request_, import_scales=theirs, data=None))
+    assert plan.table()[0][3].endswith(", scales of others")
+    assert plan.data is None
