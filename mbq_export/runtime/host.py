@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from mbq_export.backends._table import open_table
 from mbq_export.backends._trt_host import gpu_for, open_hosted
 from mbq_export.backends._trt_record import ENGINE_RECORD
 from mbq_export.errors import UsageError
@@ -49,6 +48,8 @@ def hosted_engines(
         IncompatibleError: E70xx if they were built for something else.
     """
     load = partial(open_hosted, backend, timeout_s=timeout_s)
+    from mbq_export.backends._table import open_table  # noqa: PLC0415 - brings onnx, which describing needs not
+
     with ExitStack() as opened:
         hosted = (folder / EMBED).stem in _record(folder / ENGINE_RECORD)["engines"]
         vision = opened.enter_context(load(folder / VISION))
