@@ -162,7 +162,7 @@ def test_gradients_are_measured_for_feedback_that_weighs_classes(
         ("mbq", ("--damp", "0.1"), 2, "E2002", "--damp decides nothing here.", "--rounding gptq"),
         ("gptq", (*DATA, "--hessian", "some"), 2, "E2001", "Switch hessian", "--hessian with"),
         ("gptq", (*DATA, "--asym", "2"), 2, "E2001", "Switch asym", "--asym with"),
-        ("gptq", (*DATA, "--asym", "half"), 2, "E2001", "neither a number nor auto", ""),
+        ("gptq", (*DATA, "--asym", "half"), 2, "E2003", "neither a number nor auto", ""),
     ],
 )
 def test_feedback_that_cannot_be_is_refused_with_what_mends_it(
