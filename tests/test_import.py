@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LIGHT = {
     "annotated_doc",
     "annotated_types",
+    "click",
     "markdown_it",
     "mbq_export",
     "mdurl",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from mbq_export.commands import engine_options, graph_options, options
+from mbq_export.commands import engine_options, graph_options, number_options, options
 from mbq_export.commands.console import Console
 from mbq_export.errors import UsageError
 
@@ -48,17 +48,17 @@ def command(
             show_default=False,
         ),
     ] = None,
-    wbits: options.WeightBits = None,
-    scheme: options.Scheme = None,
-    group_size: options.GroupSize = None,
-    method: options.Method = "mbq",
-    compat: options.Compat = "none",
-    rounding: options.Rounding = None,
-    hessian: options.Hessian = None,
-    gptq_prefix: options.GptqPrefix = None,
-    asym: options.Asym = None,
-    damp: options.Damp = None,
-    import_scales: options.ImportScales = None,
+    wbits: number_options.WeightBits = None,
+    scheme: number_options.Scheme = None,
+    group_size: number_options.GroupSize = None,
+    method: number_options.Method = "mbq",
+    compat: number_options.Compat = "none",
+    rounding: number_options.Rounding = None,
+    hessian: number_options.Hessian = None,
+    gptq_prefix: number_options.GptqPrefix = None,
+    asym: number_options.Asym = None,
+    damp: number_options.Damp = None,
+    import_scales: number_options.ImportScales = None,
     data: options.Data = None,
     samples: options.Samples = 128,
     text_only_ok: options.TextOnly = False,
@@ -68,6 +68,7 @@ def command(
         list[str] | None,
         typer.Option(
             "--target",
+            rich_help_panel=engine_options.PANEL,
             help="Device and flavour, for example rtx4090:rtx; repeatable. Default: this machine.",
             show_default=False,
         ),
@@ -76,6 +77,7 @@ def command(
         str,
         typer.Option(
             "--lowering",
+            rich_help_panel=engine_options.PANEL,
             help="Form of the decoder that engines are built from: plugin, qdq, or auto for the best that the "
             "targets' builders read.",
         ),
@@ -83,7 +85,11 @@ def command(
     max_context: Annotated[
         int | None,
         typer.Option(
-            "--max-context", help="Longest sequence of the graphs.", min=1, show_default=False
+            "--max-context",
+            rich_help_panel=graph_options.PANEL,
+            help="Longest sequence of the graphs.",
+            min=1,
+            show_default=False,
         ),
     ] = None,
     op_level: graph_options.OpLevel = "auto",
@@ -99,11 +105,21 @@ def command(
     embed_engine: engine_options.EmbedEngine = False,
     plugin_lib: engine_options.PluginLib = None,
     require_engine: Annotated[
-        bool, typer.Option("--require-engine", help="Fail if an engine cannot be built here.")
+        bool,
+        typer.Option(
+            "--require-engine",
+            rich_help_panel=engine_options.PANEL,
+            help="Fail if an engine cannot be built here.",
+        ),
     ] = False,
     engine_timeout: Annotated[
         float,
-        typer.Option("--engine-timeout", help="Seconds until a hung engine build is ended.", min=1),
+        typer.Option(
+            "--engine-timeout",
+            rich_help_panel=engine_options.PANEL,
+            help="Seconds until a hung engine build is ended.",
+            min=1,
+        ),
     ] = 3600.0,
     gate: Annotated[
         str,
@@ -140,9 +156,9 @@ def command(
         out=out,
         weight_bits=wbits,
         scheme=scheme,
-        group_size=options.group_size(group_size),
+        group_size=number_options.group_size(group_size),
         method=method,
-        replaced=options.switches(
+        replaced=number_options.switches(
             compat,
             rounding=rounding,
             hessian=hessian,

@@ -2,7 +2,7 @@
 
 import typer
 
-from mbq_export.commands import options
+from mbq_export.commands import number_options, options
 from mbq_export.commands.console import Console
 from mbq_export.errors import UsageError, located
 
@@ -11,17 +11,17 @@ def command(
     context: typer.Context,
     model: options.Model,
     out: options.Out,
-    wbits: options.WeightBits = None,
-    scheme: options.Scheme = None,
-    group_size: options.GroupSize = None,
-    method: options.Method = "mbq",
-    compat: options.Compat = "none",
-    rounding: options.Rounding = None,
-    hessian: options.Hessian = None,
-    gptq_prefix: options.GptqPrefix = None,
-    asym: options.Asym = None,
-    damp: options.Damp = None,
-    import_scales: options.ImportScales = None,
+    wbits: number_options.WeightBits = None,
+    scheme: number_options.Scheme = None,
+    group_size: number_options.GroupSize = None,
+    method: number_options.Method = "mbq",
+    compat: number_options.Compat = "none",
+    rounding: number_options.Rounding = None,
+    hessian: number_options.Hessian = None,
+    gptq_prefix: number_options.GptqPrefix = None,
+    asym: number_options.Asym = None,
+    damp: number_options.Damp = None,
+    import_scales: number_options.ImportScales = None,
     data: options.Data = None,
     samples: options.Samples = 128,
     text_only_ok: options.TextOnly = False,
@@ -46,9 +46,9 @@ def command(
         out=out,
         weight_bits=wbits,
         scheme=scheme,
-        group_size=options.group_size(group_size),
+        group_size=number_options.group_size(group_size),
         method=method,
-        replaced=options.switches(
+        replaced=number_options.switches(
             compat,
             rounding=rounding,
             hessian=hessian,

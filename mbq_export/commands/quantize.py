@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mbq_export.commands import options
+from mbq_export.commands import number_options, options
 from mbq_export.commands.console import Console
 from mbq_export.errors import UsageError, located
 
@@ -29,8 +29,8 @@ def command(
             show_default=False,
         ),
     ] = None,
-    wbits: options.WeightBits = None,
-    scheme: options.Scheme = None,
+    wbits: number_options.WeightBits = None,
+    scheme: number_options.Scheme = None,
     group_size: Annotated[
         str | None,
         typer.Option(
@@ -39,11 +39,11 @@ def command(
             show_default=False,
         ),
     ] = None,
-    rounding: options.Rounding = None,
-    hessian: options.Hessian = None,
-    gptq_prefix: options.GptqPrefix = None,
-    asym: options.Asym = None,
-    damp: options.Damp = None,
+    rounding: number_options.Rounding = None,
+    hessian: number_options.Hessian = None,
+    gptq_prefix: number_options.GptqPrefix = None,
+    asym: number_options.Asym = None,
+    damp: number_options.Damp = None,
     data: options.Data = None,
     text_only_ok: options.TextOnly = False,
     skip_bad: options.SkipBad = 0,
@@ -68,7 +68,7 @@ def command(
     from mbq_export.writing import staging
 
     console: Console = context.obj
-    chosen = options.switches(
+    chosen = number_options.switches(
         rounding=rounding, hessian=hessian, gptq_prefix=gptq_prefix, asym=asym, damp=damp
     )
     if scales is None:
@@ -77,7 +77,7 @@ def command(
             out=out,
             weight_bits=wbits,
             scheme=scheme,
-            group_size=options.group_size(group_size),
+            group_size=number_options.group_size(group_size),
             replaced=chosen,
             data=data,
             targets=("cpu",),
@@ -98,7 +98,7 @@ def command(
         out=out,
         weight_bits=wbits,
         scheme=scheme or (found.calib.get("scheme") if wbits is None else None),
-        group_size=options.group_size(group_size),
+        group_size=number_options.group_size(group_size),
         method=switches.method,
         replaced=chosen,
         # Nearest rounding looks at no data; what is named then only keeps the plan from asking for some.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mbq_export.commands.options import hoist_globals, switches
+from mbq_export.commands.options import hoist_globals
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,3 @@ from mbq_export.commands.options import hoist_globals, switches
 )
 def test_globals_move_to_the_front(typed: list[str], parsed: list[str]) -> None:
     assert hoist_globals(typed) == parsed
-
-
-def test_compat_is_a_switch_only_when_asked_for() -> None:
-    assert switches("none") == {}
-    assert switches("mbq") == {"compat": "mbq"}
