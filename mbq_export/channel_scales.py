@@ -61,7 +61,7 @@ class Switches:
         method: Name of the preset, for readers; the other fields decide what is done.
         loss: "mae" or "mse".
         grid: "21" (alpha = k/20, k = 0..20) or "20" (without alpha = 1, as published).
-        stat: Channel statistic: "balanced", "mixed", "answer" or "vision".
+        stat: Channel statistic: a mean, "balanced", "mixed", "answer" or "vision", or the largest, "max".
         rounding: "nearest", or "gptq" for error feedback on the calibration samples.
         clip: "none".
         gqa_o_scale: Scale the attention output under grouped-query attention too.
@@ -82,7 +82,7 @@ class Switches:
     method: str
     loss: Literal["mae", "mse"] = "mae"
     grid: Literal["21", "20"] = "21"
-    stat: Literal["balanced", "mixed", "answer", "vision"] = "balanced"
+    stat: Literal["balanced", "mixed", "answer", "vision", "max"] = "balanced"
     rounding: Literal["nearest", "gptq"] = "nearest"
     clip: Literal["none"] = "none"
     gqa_o_scale: bool = True

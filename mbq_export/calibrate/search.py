@@ -28,7 +28,7 @@ from mbq_export.families.base import ANSWER, PAD, PROMPT, TOKEN_CLASSES, VISION
 from mbq_export.schemes.affine import dequantize, quantize, rounded_per_token
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from mbq_export.calibrate.units import Call, UnitView
     from mbq_export.channel_scales import Switches
@@ -69,7 +69,7 @@ def exponents(switches: Switches) -> tuple[float, ...]:
 
 
 def statistic(unit: UnitView, switches: Switches) -> Tensor:
-    """Mean |x| per input channel, (K,) float64, over the tokens that `switches.stat` names.
+    """|x| per input channel, (K,) float64: the largest, or the mean over the tokens that `switches.stat` names.
 
     Balanced (METHODS 6.4): (answer + r vision) / (1 + r), because vision tokens outnumber answers.
     """
@@ -78,6 +78,8 @@ def statistic(unit: UnitView, switches: Switches) -> Tensor:
         m = (mean(ANSWER) + unit.r * mean(VISION)) / (1 + unit.r)
     elif switches.stat == "mixed":
         m = mean(PROMPT, VISION, ANSWER, *([PAD] if switches.compat == "mbq" else []))
+    elif switches.stat == "max":
+        m = unit.statistics.peak(PROMPT, VISION, ANSWER)
     else:
         m = mean(ANSWER if switches.stat == "answer" else VISION)
     return shared_by_heads(m, text=unit.text) if unit.place.unit == "o" else m
@@ -107,9 +109,16 @@ def scale(m: Tensor, alpha: float, *, compat: bool = False) -> Tensor:
         (K,) float32 e, with max * min = 1 before clipping.
     """
     e = m.float().pow(alpha).clamp(min=1e-4)
-    if compat:
-        return e / (e.max() * e.min()).sqrt()
-    alive = m > 0
+    return e / (e.max() * e.min()).sqrt() if compat else normalized(e, alive=m > 0)
+
+
+def normalized(e: Tensor, *, alive: Tensor) -> Tensor:
+    """Let the largest and the smallest of some scales multiply to 1, then clip; the others become 1.
+
+    Args:
+        e: (K,) float32, positive.
+        alive: (K,) bool.
+    """
     if not bool(alive.any()):
         return torch.ones_like(e)
     e = e / (e[alive].max() * e[alive].min()).sqrt()
@@ -156,9 +165,36 @@ def search(unit: UnitView, switches: Switches) -> Found:
         GateError: E1103 naming the exponent if an objective is not finite.
     """
     m = statistic(unit, switches)
-    alphas = exponents(switches)
-    candidates = [scale(m, alpha, compat=switches.compat == "mbq") for alpha in alphas]
-    scored = score(unit, candidates, switches)
+    compat = switches.compat == "mbq"
+    candidates = {alpha: scale(m, alpha, compat=compat) for alpha in exponents(switches)}
+    scored = score(unit, [*candidates.values()], switches)
+    usable = torch.where(scored.exact, scored.values, torch.inf)
+    ranked = torch.argsort(usable, stable=True).tolist()
+    about = {"stat": switches.stat, "dead_channels": int((m == 0).sum())}
+    return choose(unit, candidates, scored, ranked, about=about)
+
+
+def choose(
+    unit: UnitView,
+    candidates: Mapping[float, Tensor],
+    scored: Scored,
+    ranked: Sequence[int],
+    *,
+    about: Mapping[str, object],
+) -> Found:
+    """Keep the first scale that can be folded, and record all objectives.
+
+    Args:
+        unit: One unit of a block.
+        candidates: (K,) scales by exponent; the first is plain rounding.
+        scored: Their objectives.
+        ranked: Places of the candidates, best first.
+        about: What they were made from, for the record.
+
+    Raises:
+        GateError: E1103 naming the exponent if an objective is not finite.
+    """
+    alphas, scales = [*candidates], [*candidates.values()]
     if not bool(torch.isfinite(scored.values).all()):
         bad = alphas[int((~torch.isfinite(scored.values)).nonzero()[0])]
         raise GateError(
@@ -167,19 +203,14 @@ def search(unit: UnitView, switches: Switches) -> Found:
             why="activations or weights overflow",
             fix="check the weights: mbq-export inspect MODEL",
         )
-    usable = torch.where(scored.exact, scored.values, torch.inf)
-    ranked = torch.argsort(usable, stable=True).tolist()
     fitting = [
         place
         for place in ranked
-        if folds_safely(unit.block, candidates[place], place=unit.place, text=unit.text)
+        if folds_safely(unit.block, scales[place], place=unit.place, text=unit.text)
     ]
     best = fitting[0] if fitting else 0
-    return Found(
-        alpha=alphas[best],
-        scales=candidates[best],
-        record=_record(unit, switches, scored, best, m=m, dropped=ranked.index(best)),
-    )
+    record = {**about, **_record(unit, alphas, scored, best), "dropped": ranked.index(best)}
+    return Found(alpha=alphas[best], scales=scales[best], record=record)
 
 
 def score(unit: UnitView, candidates: Sequence[Tensor], switches: Switches) -> Scored:
@@ -275,9 +306,8 @@ def _errors(
 
 
 def _record(
-    unit: UnitView, switches: Switches, scored: Scored, best: int, *, m: Tensor, dropped: int
+    unit: UnitView, alphas: Sequence[float], scored: Scored, best: int
 ) -> dict[str, object]:
-    alphas = exponents(switches)
     values = scored.values.tolist()
     width = float(unit.text.hidden)
     per_token = scored.totals / (unit.statistics.tokens.clamp(min=1.0) * width)
@@ -287,7 +317,6 @@ def _record(
     }
     sampled = not bool(scored.exact.all()) or scored.scored < int(unit.statistics.tokens.sum())
     return {
-        "stat": switches.stat,
         "J": {"rtn": values[0], "best": values[best], "se": float(scored.deviation[best])},
         "error": classes,
         "grid": [[alpha, value] for alpha, value in zip(alphas, values, strict=True)],
@@ -295,7 +324,5 @@ def _record(
             alpha for alpha, exact in zip(alphas, scored.exact.tolist(), strict=True) if exact
         ],
         "tokens": {"scored": scored.scored if sampled else "all", "rescored": "all"},
-        "dead_channels": int((m == 0).sum()),
         "degenerate": len(set(values)) == 1,
-        "dropped": dropped,
     }

@@ -96,10 +96,12 @@ def smooth_block(
         view = _view(job, block, index, place, seen, batches)
         with located(f"block {index}"), located(place.unit):
             found = job.method.scales(view, job.switches)
-        if found is not None:
-            scales[place.unit] = found.scales
-            r = view.r if job.sensitivity else None
-            units.append({**about, "alpha": found.alpha, "r": r, **found.record})
+        if found is None:
+            units.append({**about, "alpha": None})
+            continue
+        scales[place.unit] = found.scales
+        r = view.r if job.sensitivity else None
+        units.append({**about, "alpha": found.alpha, "r": r, **found.record})
     return SmoothedBlock(scales=scales, units=units, outputs=seen.outputs)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mbq_export.blocks.loss import token_counts
 from mbq_export.blocks.tokens import class_mask
+from mbq_export.families.base import TOKEN_CLASSES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,14 +54,16 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Sums of |x| per channel over the tokens of each class.
+    """|x| per channel over the tokens of each class.
 
     Attributes:
         sums: (classes, K) float64.
+        peaks: (classes, K) float32, the largest; 0 without tokens.
         tokens: (classes,) float64.
     """
 
     sums: Tensor
+    peaks: Tensor
     tokens: Tensor
 
     def mean(self, *kinds: int) -> Tensor:
@@ -68,6 +71,10 @@ class Statistics:
         chosen = list(kinds)
         mean: Tensor = self.sums[chosen].sum(0) / self.tokens[chosen].sum().clamp(min=1.0)
         return mean
+
+    def peak(self, *kinds: int) -> Tensor:
+        """Largest |x| over the tokens of some classes together: (K,) float64."""
+        return self.peaks[list(kinds)].amax(0).double()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +219,7 @@ def observe(
     """
     found = BlockObservation()
     sums: dict[str, Tensor] = {}
+    peaks: dict[str, Tensor] = {}
     parts: dict[str, list[Call]] = {place.unit: [] for place in places}
     keep = _fits(block, batches, places)
     tokens = sum((token_counts(batch.classes.flatten()) for batch, _ in batches), torch.zeros(()))
@@ -221,12 +229,14 @@ def observe(
         found.outputs.append(output)
         for unit, call in calls.items():
             sums[unit] = sums.get(unit, torch.zeros(())) + _sums(call)
+            peaks[unit] = torch.maximum(peaks.get(unit, torch.zeros(())), _peaks(call))
             if keep:
                 found.kept.setdefault(unit, []).append(call)
             if chosen is not None and not call.arguments:
                 parts[unit].append(_rows_of(call, chosen[position]))
     found.statistics = {
-        unit: Statistics(sums=values, tokens=tokens) for unit, values in sums.items()
+        unit: Statistics(sums=values, peaks=peaks[unit], tokens=tokens)
+        for unit, values in sums.items()
     }
     found.samples = {
         unit: Call(
@@ -273,6 +283,15 @@ def choose_tokens(
 def _sums(call: Call) -> Tensor:
     rows = call.rows.flatten(0, -2).float().abs()
     return (class_mask(call.classes).float() @ rows).double()
+
+
+def _peaks(call: Call) -> Tensor:
+    rows = call.rows.flatten(0, -2).float().abs()
+    nothing = rows.new_zeros(1, rows.shape[1])
+    of_class = [
+        torch.cat([nothing, rows[call.classes == kind]]) for kind in range(len(TOKEN_CLASSES))
+    ]
+    return torch.stack([each.amax(0) for each in of_class])
 
 
 def _rows_of(call: Call, positions: Tensor) -> Call:

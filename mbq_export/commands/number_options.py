@@ -40,7 +40,7 @@ Method = Annotated[
     typer.Option(
         "--method",
         rich_help_panel=PANEL,
-        help="rtn, awq, gptq, mbq, or mbq+: mbq with error feedback.",
+        help="rtn, smoothquant, awq, gptq, mbq, or mbq+: mbq with error feedback.",
     ),
 ]
 Compat = Annotated[

@@ -56,7 +56,7 @@ def with_statistic(unit: UnitView, m: Tensor) -> UnitView:
     sums = torch.zeros(4, len(m), dtype=torch.float64)
     sums[ANSWER] = m
     tokens = torch.tensor([0.0, 0, 0, 1], dtype=torch.float64)
-    return replace(unit, statistics=Statistics(sums=sums, tokens=tokens))
+    return replace(unit, statistics=Statistics(sums=sums, peaks=sums.float(), tokens=tokens))
 
 
 def test_a_scale_is_centred_between_its_extremes() -> None:
@@ -100,7 +100,7 @@ def test_the_balanced_statistic_weighs_vision_by_r() -> None:
     sums = torch.zeros(4, 2, dtype=torch.float64)
     sums[ANSWER], sums[VISION] = torch.tensor([2.0, 6]), torch.tensor([12.0, 4])
     tokens = torch.tensor([0.0, 0, 4, 2], dtype=torch.float64)
-    unit = replace(unit, r=0.5, statistics=Statistics(sums=sums, tokens=tokens))
+    unit = replace(unit, r=0.5, statistics=Statistics(sums=sums, peaks=sums.float(), tokens=tokens))
     found = statistic(unit, replace(MBQ, stat="balanced"))
     torch.testing.assert_close(found, torch.tensor([5 / 3, 7 / 3], dtype=torch.float64))
     assert statistic(unit, replace(MBQ, stat="answer")).tolist() == [1, 3]
@@ -112,7 +112,7 @@ def test_padding_enters_the_published_statistic_alone() -> None:
     unit = seen()["qkv"]
     sums = torch.tensor([[90.0], [1], [1], [1]], dtype=torch.float64)
     tokens = torch.ones(4, dtype=torch.float64)
-    unit = replace(unit, statistics=Statistics(sums=sums, tokens=tokens))
+    unit = replace(unit, statistics=Statistics(sums=sums, peaks=sums.float(), tokens=tokens))
     assert statistic(unit, MBQ).tolist() == [1]
     assert statistic(unit, COMPAT).tolist() == [93 / 4]
 

@@ -77,11 +77,11 @@ class Method:
         """
         if chosen.get("compat") != "mbq":
             return replaced(self.switches, chosen)
-        if self.switches.rounding != PUBLISHED["rounding"]:
+        if self.switches.rounding != PUBLISHED["rounding"] or self.switches.stat == "max":
             raise UsageError(
                 "E2002",
                 f"--compat mbq contradicts --method {self.name}.",
-                why="the published code rounds to the nearest code",
+                why="the published code searches scales and rounds to the nearest code",
                 fix=("--method mbq", "leave --compat out"),
             )
         for name, value in chosen.items():
