@@ -63,7 +63,7 @@ class Switches:
         grid: "21" (alpha = k/20, k = 0..20) or "20" (without alpha = 1, as published).
         stat: Channel statistic: a mean, "balanced", "mixed", "answer" or "vision", or the largest, "max".
         rounding: "nearest", or "gptq" for error feedback on the calibration samples.
-        clip: "none".
+        clip: "none", or "group" to shrink each group's range as its weighed rounding error asks for.
         gqa_o_scale: Scale the attention output under grouped-query attention too.
         r_floor: Least ratio of a layer: "median" over the layers, "none" or a number.
         prefix: Inputs of the search: "fp", those of the full-precision model.
@@ -84,7 +84,7 @@ class Switches:
     grid: Literal["21", "20"] = "21"
     stat: Literal["balanced", "mixed", "answer", "vision", "max"] = "balanced"
     rounding: Literal["nearest", "gptq"] = "nearest"
-    clip: Literal["none"] = "none"
+    clip: Literal["none", "group"] = "none"
     gqa_o_scale: bool = True
     r_floor: Literal["median", "none"] | float = "median"
     prefix: Literal["fp"] = "fp"
@@ -112,6 +112,11 @@ class Switches:
                     why=f"known: {_spelt(kind)}{' to 1' if name == 'asym' else ''}",
                     fix=f"--{name.replace('_', '-')} with a known value",
                 )
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether rounding looks at calibration samples."""
+        return self.rounding == "gptq" or self.clip != "none"
 
     def resolved(self) -> dict[str, object]:
         """All switches by name, as they are stored; those of error feedback only where it is used."""

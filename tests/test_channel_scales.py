@@ -132,7 +132,7 @@ def test_newer_schema_is_another_release_s(folder: Path) -> None:
     [
         {"r_floor": "none"}, {"r_floor": 0}, {"r_floor": 0.25}, {"tokens": "all"}, {"tokens": 1},
         {"modality_weight": None}, {"modality_weight": 0.1}, {"compat": "mbq", "grid": "20"},
-        {"search_prompt_weight": "measured"}, {"gqa_o_scale": False}, {"rounding": "gptq"},
+        {"search_prompt_weight": "measured"}, {"gqa_o_scale": False}, {"rounding": "gptq"}, {"clip": "group"},
         {"rounding": "gptq", "hessian": "plain", "gptq_prefix": "fp", "asym": 0.5, "damp": 0},
     ],
 )  # fmt: skip
@@ -144,7 +144,7 @@ def test_known_switches_survive_the_artifact(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("loss", "huber"), ("grid", 21), ("stat", ""), ("rounding", "feedback"), ("clip", "group"),
+        ("loss", "huber"), ("grid", 21), ("stat", ""), ("rounding", "feedback"), ("clip", "all"),
         ("gqa_o_scale", 1), ("r_floor", "mean"), ("r_floor", -0.1), ("r_floor", float("nan")),
         ("r_floor", True), ("prefix", "quantized"), ("compat", "awq"), ("tokens", 0.5),
         ("tokens", 0), ("tokens", True), ("tokens", "some"), ("modality_weight", "0.1"),
@@ -166,6 +166,14 @@ def test_refusal_spells_every_known_value() -> None:
         Switches(**values)
     assert caught.value.why == "known: median, none, a number from 0"
     assert caught.value.fix == ("--r-floor with a known value",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "looks"),
+    [({}, False), ({"rounding": "gptq"}, True), ({"clip": "group"}, True)],
+)
+def test_error_feedback_and_clipping_look_at_data(changes: dict[str, Any], looks: bool) -> None:
+    assert Switches(method="rtn", **changes).looks_at_data is looks
 
 
 def test_switches_of_error_feedback_are_stored_only_where_it_is_used() -> None:

@@ -120,6 +120,42 @@ class Gram:
         return sum((sums[kind] * float(weights[kind]) for kind in _REAL if kind in sums), empty)
 
 
+class GroupGram:
+    """The part of H inside each group of columns and nothing else: K x group size floats per weighing, float32."""
+
+    def __init__(
+        self, columns: int, weighings: Mapping[str, ClassWeights], *, group_size: int
+    ) -> None:
+        """Start with nothing seen.
+
+        Args:
+            columns: K.
+            weighings: Weights of the token classes by a name of the caller's; padding weighs nothing.
+            group_size: Columns of a group; divides K.
+        """
+        self._groups, self._size = columns // group_size, group_size
+        self._weights = {name: _by_class(weights) for name, weights in weighings.items()}
+        self._sums = {name: torch.zeros(self._groups, group_size, group_size) for name in weighings}
+
+    def add(self, rows: Tensor, classes: Tensor) -> None:
+        """Add the tokens of one call.
+
+        Args:
+            rows: (..., K), what the linear reads.
+            classes: Token classes, shaped like the leading axes.
+        """
+        grouped = rows.float().reshape(-1, self._groups, self._size).transpose(0, 1)
+        kinds = classes.flatten().long()
+        for name, weights in self._weights.items():
+            weighed = grouped * weights[kinds][:, None].to(grouped.dtype)
+            self._sums[name] += grouped.transpose(1, 2) @ weighed
+
+    def diagonal_blocks(self, name: str) -> Tensor:
+        """(groups, group_size, group_size) float32, symmetric."""
+        found = self._sums[name]
+        return (found + found.transpose(1, 2)) / 2
+
+
 def _accumulate(store: dict[str | int, Tensor], key: str | int, part: Tensor) -> None:
     if key in store:
         store[key] += part

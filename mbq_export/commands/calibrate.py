@@ -17,6 +17,7 @@ def command(
     method: number_options.Method = "mbq",
     compat: number_options.Compat = "none",
     rounding: number_options.Rounding = None,
+    clip: number_options.Clip = None,
     hessian: number_options.Hessian = None,
     gptq_prefix: number_options.GptqPrefix = None,
     asym: number_options.Asym = None,
@@ -51,6 +52,7 @@ def command(
         replaced=number_options.switches(
             compat,
             rounding=rounding,
+            clip=clip,
             hessian=hessian,
             gptq_prefix=gptq_prefix,
             asym=asym,

@@ -60,6 +60,16 @@ Rounding = Annotated[
         show_default=False,
     ),
 ]
+Clip = Annotated[
+    str | None,
+    typer.Option(
+        "--clip",
+        rich_help_panel=PANEL,
+        help="group: shrink each group's range where that lowers its weighed rounding error on the calibration data; "
+        "none. Default: none.",
+        show_default=False,
+    ),
+]
 Hessian = Annotated[
     str | None,
     typer.Option(

@@ -40,6 +40,7 @@ def command(
         ),
     ] = None,
     rounding: number_options.Rounding = None,
+    clip: number_options.Clip = None,
     hessian: number_options.Hessian = None,
     gptq_prefix: number_options.GptqPrefix = None,
     asym: number_options.Asym = None,
@@ -52,7 +53,7 @@ def command(
 ) -> None:
     """Fold the scales, round, pack, and write a checkpoint.
 
-    Error feedback looks at the calibration data again: --data is that of the scales, drawn the same way.
+    Error feedback and clipping look at the calibration data again: --data is that of the scales, drawn the same way.
 
     Codes of others are taken over as they are, without --scales.
 
@@ -69,7 +70,12 @@ def command(
 
     console: Console = context.obj
     chosen = number_options.switches(
-        rounding=rounding, hessian=hessian, gptq_prefix=gptq_prefix, asym=asym, damp=damp
+        rounding=rounding,
+        clip=clip,
+        hessian=hessian,
+        gptq_prefix=gptq_prefix,
+        asym=asym,
+        damp=damp,
     )
     if scales is None:
         request = BuildRequest(
@@ -101,8 +107,8 @@ def command(
         group_size=number_options.group_size(group_size),
         method=switches.method,
         replaced=chosen,
-        # Nearest rounding looks at no data; what is named then only keeps the plan from asking for some.
-        data=data if switches.rounding == "gptq" else "builtin:shapes",
+        # Plain nearest rounding looks at no data; what is named then only keeps the plan from asking for some.
+        data=data if switches.looks_at_data else "builtin:shapes",
         samples=drawn.get("samples") or 128,
         targets=("cpu",),
         models=options.models_folder(),

@@ -1,4 +1,4 @@
-"""Samples for the two stages that look at them: the search of channel scales, and error feedback."""
+"""Samples for the two stages that look at them: the search of channel scales, and rounding."""
 
 from collections.abc import Callable
 
@@ -60,7 +60,7 @@ def channel_scales(
 
 
 def samples_of_scales(plan: Plan, model: LoadedModel, scales: ChannelScales) -> Samples | None:
-    """Encode the samples of a calibration again, and those held out, for error feedback.
+    """Encode the samples of a calibration again, and those held out, for rounding.
 
     Args:
         plan: Names the data.
@@ -73,7 +73,7 @@ def samples_of_scales(plan: Plan, model: LoadedModel, scales: ChannelScales) -> 
     Raises:
         FormatError: E4315 if the plan's data is not that of the scales, E43xx for the data.
     """
-    if plan.scheme is None or plan.data is None or scales.switches.rounding != "gptq":
+    if plan.scheme is None or plan.data is None or not scales.switches.looks_at_data:
         return None
     data, longest = plan.data, plan.text.max_positions
     inputs = encode(data.samples, model.processor, max_tokens=longest)

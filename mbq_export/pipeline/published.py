@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def needs_data(request: BuildRequest, scheme: QuantScheme | None, switches: Switches) -> bool:
-    """Whether anything looks at calibration data: a search, or error feedback.
+    """Whether anything looks at calibration data: a search, error feedback, or clipping.
 
     Raises:
         UsageError: E2002 for data that nothing would look at, and for scales where nothing is rounded.
@@ -39,7 +39,7 @@ def needs_data(request: BuildRequest, scheme: QuantScheme | None, switches: Swit
         )
     if scheme is None or switches == SWITCHES:
         return False
-    if not published or switches.rounding != "nearest":
+    if not published or switches.looks_at_data:
         return True
     if request.data is not None:
         raise UsageError(

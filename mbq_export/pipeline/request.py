@@ -193,7 +193,9 @@ def data_of(request: BuildRequest) -> CalibrationData:
         FormatError: E43xx for the data.
     """
     name = request.data
-    blind = request.method == "rtn" and request.replaced.get("rounding") != "gptq"
+    replaced = request.replaced
+    looks = replaced.get("rounding") == "gptq" or replaced.get("clip", "none") != "none"
+    blind = request.method == "rtn" and not looks
     if name is None and (request.model == SHIPPED or blind):
         name = DEFAULT_DATA
     if name is None:

@@ -11,6 +11,7 @@ from mbq_export.errors import FormatError, InternalError, located
 from mbq_export.progress import Progress, silent
 from mbq_export.quantize.apply import (
     QuantizedBlock,
+    Rounder,
     Rounding,
     check_finite,
     content_hash,
@@ -18,6 +19,7 @@ from mbq_export.quantize.apply import (
     pass_block,
     quantize_block,
 )
+from mbq_export.quantize.clip_pass import ClipPass
 from mbq_export.quantize.facts import (
     config_with_quantization,
     model_facts,
@@ -62,14 +64,14 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
         scheme: Number format; None keeps every linear as it is (the full-precision baseline).
         group_size: Columns that share a scale, or `CHANNEL`; ignored without a scheme.
         out: Folder to make; appears only when complete.
-        samples: What error feedback looks at; not used by nearest rounding.
+        samples: What error feedback and clipping look at; not used without them.
         state: Finished blocks are kept in it and not done again. That it belongs to the same arguments is
             its opener's business. Without it they are kept in memory.
         progress: Called after each block.
 
     Raises:
         UsageError: E2004 naming the linear if the group size does not fit its inputs, E2007 if those are too many,
-            E2002 or E2018 if error feedback lacks what it weighs by.
+            E2002 or E2018 if error feedback or clipping lacks what it weighs by.
         GateError: E1103 or E1110 naming the linear whose inputs cannot be used.
         FormatError: E4110 or E4112 naming the tensor, E4314 for a scale that fits no unit.
         ResourceError: E5001 or E5008.
@@ -122,9 +124,11 @@ def _blocks(  # noqa: PLR0913 - all that decides them, and who hears of it
     depth = len(stream)
     found = [_kept(state, index) for index in range(depth)]
     last = max((index for index in range(depth) if found[index] is None), default=-1)
-    feedback = None
-    if rounding.scheme is not None and scales.switches.rounding == "gptq" and last >= 0:
-        feedback = Feedback(
+    rounder: Rounder | None = None
+    switches = scales.switches
+    if rounding.scheme is not None and switches.looks_at_data and last >= 0:
+        kind = Feedback if switches.rounding == "gptq" else ClipPass
+        rounder = kind(
             model,
             stream,
             scales,
@@ -136,10 +140,10 @@ def _blocks(  # noqa: PLR0913 - all that decides them, and who hears of it
     for index, kept in enumerate(found):
         if kept is not None:
             block = kept
-            if feedback is not None and index < last:
-                pass_block(model, stream, index, kept, feedback=feedback)
+            if rounder is not None and index < last:
+                pass_block(model, stream, index, scales, kept, rounder=rounder)
         else:
-            made = quantize_block(model, stream, index, scales, rounding, feedback=feedback)
+            made = quantize_block(model, stream, index, scales, rounding, rounder=rounder)
             block = _saved(state, index, made)
         blocks.append(block)
         progress(index + 1, depth, f"rel. error {block.error:.3g}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
+    from torch import nn
 
     from mbq_export.blocks.stream import BlockStream
     from mbq_export.channel_scales import ChannelScales
     from mbq_export.families.base import LoadedModel
-    from mbq_export.quantize.feedback import Feedback
     from mbq_export.schemes.base import QuantScheme
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,34 @@ class Rounding:
     scheme: QuantScheme | None
     group_size: int
     compat: bool = False
+
+
+class RoundedLinears(Protocol):
+    """Linears of a block, rounded for what they read."""
+
+    @property
+    def codes(self) -> Mapping[str, Codes]:
+        """By linear, relative to the block."""
+        ...
+
+    @property
+    def facts(self) -> Mapping[str, Mapping[str, Any]]:
+        """By linear, what `mbq.json` says beside the row of every method."""
+        ...
+
+
+class Rounder(Protocol):
+    """Rounds blocks in their order by what their linears read: `feedback.Feedback`, `clip_pass.ClipPass`."""
+
+    scheme: QuantScheme
+
+    def round(self, block: nn.Module, index: int) -> RoundedLinears:
+        """Round the block after the one that was passed last."""
+        ...
+
+    def go_on(self, block: nn.Module, index: int, codes: Mapping[str, Codes]) -> None:
+        """Pass a block that is finished."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +112,7 @@ def quantize_block(
     scales: ChannelScales,
     rounding: Rounding,
     *,
-    feedback: Feedback | None = None,
+    rounder: Rounder | None = None,
 ) -> QuantizedBlock:
     """Fold a block's channel scales and round its linears, in float32 whatever the model's dtype.
 
@@ -94,11 +122,11 @@ def quantize_block(
         index: Its position.
         scales: Folded before rounding.
         rounding: Number format.
-        feedback: Rounds to what linears read, not each weight by itself; must have passed the blocks before.
+        rounder: Rounds for what linears read, not each weight by itself; must have passed the blocks before.
 
     Raises:
         FormatError: E4110 or E4112 naming the tensor, E4314 for a scale that does not fit.
-        GateError: E1103 or E1110 from error feedback.
+        GateError: E1103 or E1110 from the rounder.
     """
     family = model.family
     path = f"{family.blocks}.{index}"
@@ -109,10 +137,9 @@ def quantize_block(
         before = {f"{path}.{name}": tensor for name, tensor in block.state_dict().items()}
         check_finite(before)
         digest = content_hash(before)
-        with located(path):
-            fold(block, scales.of_block(index), smooth=family.smooth, text=model.text)
+        _fold(model, block, index, scales)
         folded = {f"{path}.{name}": tensor for name, tensor in block.state_dict().items()}
-        found = None if feedback is None else feedback.round(block, index)
+        found = None if rounder is None else rounder.round(block, index)
         if rounding.scheme is not None:
             for linear in family.linears:
                 name = f"{path}.{linear}"
@@ -139,8 +166,8 @@ def quantize_block(
                     note_zeros(name, weight, codes)
                 tensors |= _packed(name, codes, rounding.scheme)
         tensors |= {name: exact(tensor, model, name) for name, tensor in folded.items()}
-        if feedback is not None and found is not None and index + 1 < len(stream):
-            feedback.go_on(block, index, found.codes)
+        if rounder is not None and found is not None and index + 1 < len(stream):
+            rounder.go_on(block, index, found.codes)
     return QuantizedBlock(tensors=tensors, linears=tuple(rows), sha256=digest)
 
 
@@ -148,22 +175,29 @@ def pass_block(
     model: LoadedModel,
     stream: BlockStream,
     index: int,
+    scales: ChannelScales,
     kept: QuantizedBlock,
     *,
-    feedback: Feedback,
+    rounder: Rounder,
 ) -> None:
-    """Let the rows of error feedback pass a block that an earlier run finished.
+    """Let the rows of a rounder pass a block that an earlier run finished.
 
     The result is that of passing it when it was rounded: codes and scales are stored as they were computed with.
     """
     path = f"{model.family.blocks}.{index}"
     with stream.block(index) as block:
-        feedback.folded(block, index)
+        _fold(model, block.float(), index, scales)
         codes = {
-            row["name"].removeprefix(f"{path}."): _unpacked(kept.tensors, row, feedback.scheme)
+            row["name"].removeprefix(f"{path}."): _unpacked(kept.tensors, row, rounder.scheme)
             for row in kept.linears
         }
-        feedback.go_on(block, index, codes)
+        rounder.go_on(block, index, codes)
+
+
+def _fold(model: LoadedModel, block: nn.Module, index: int, scales: ChannelScales) -> None:
+    family = model.family
+    with located(f"{family.blocks}.{index}"):
+        fold(block, scales.of_block(index), smooth=family.smooth, text=model.text)
 
 
 def exact(tensor: Tensor, model: LoadedModel, name: str) -> NDArray[Any]:

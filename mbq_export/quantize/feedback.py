@@ -15,16 +15,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from mbq_export.blocks.fold import fold
 from mbq_export.blocks.gram import Gram
 from mbq_export.blocks.loss import ClassWeights
 from mbq_export.blocks.ratios import ALIKE, prompt_weight_of, r_of, weights_of_linear
 from mbq_export.blocks.reading import rows_read_by
 from mbq_export.errors import UsageError, located
+from mbq_export.quantize.clip import SKIPPED, ClippedGrids, clip_facts
 from mbq_export.quantize.gptq import Rounded, factorise, retarget, round_linear
 from mbq_export.quantize.held_out import clearly_better, losses
 from mbq_export.quantize.streams import Streams, with_codes
 from mbq_export.schemes.affine import rounded_per_token
+from mbq_export.schemes.base import CHANNEL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -162,18 +163,6 @@ class Feedback:
         for streams in (self._seen, self._held_out):
             streams.advance(self._stream, index, folded=block, rounded=rounded)
 
-    def folded(self, block: nn.Module, index: int) -> nn.Module:
-        """Fold the channel scales of a block into it, in float32 and in place."""
-        family = self._model.family
-        with located(f"{family.blocks}.{index}"):
-            fold(
-                block.float(),
-                self._scales.of_block(index),
-                smooth=family.smooth,
-                text=self._model.text,
-            )
-        return block
-
     def _rounded(
         self, block: nn.Module, index: int, way: Way, wanted: list[Tensor] | None
     ) -> RoundedBlock:
@@ -224,9 +213,21 @@ class Feedback:
                     factor,
                     scheme=self.scheme,
                     group_size=self._group_size,
+                    clipped=self._clipped(linear, gram, name),
                 )
             found[linear] = (rounded, factor.damp)
         return found
+
+    def _clipped(self, linear: str, gram: Gram, name: str) -> ClippedGrids | None:
+        """Grids that clip a linear, None for one that keeps its range."""
+        if self._switches.clip == "none" or linear in SKIPPED:
+            return None
+        size = gram.columns // self.scheme.groups_of(gram.columns, self._group_size)
+        return ClippedGrids(
+            gram.diagonal_blocks(name, size),
+            scheme=self.scheme,
+            channel=self._group_size == CHANNEL,
+        )
 
     def _gram(
         self, block: nn.Module, partly: nn.Module, index: int, place: Smooth, way: Way
@@ -297,7 +298,11 @@ def _mean(rounded: RoundedBlock) -> float:
 
 
 def _facts(rounded: Rounded, damp: float, way: Way) -> dict[str, Any]:
+    clip = {}
+    if rounded.clipped is not None:
+        clip = {"clip": clip_facts(rounded.clipped, way.hessian)}
     return {
+        **clip,
         "rounding": rounded.rounding,
         "feedback": {
             "why": rounded.why,

@@ -7,7 +7,7 @@
                          w_j -= d U_ij  for all j > i
 
 The grid of a group comes from the weights as they are when its first column is reached; per channel, from the weight
-as it was. Columns keep their order, because groups must stay contiguous. Updates beyond a slab of 128 columns
+as it was; `quantize.clip` may shrink it. Columns keep their order, because groups must stay contiguous. Updates beyond a slab of 128 columns
 are one product per slab. GPTQ, arXiv 2210.17323, algorithm 1.
 
 Inputs of a quantized model differ from those of the full-precision one. `retarget` moves the weight first:
@@ -30,6 +30,7 @@ from mbq_export.schemes.affine import Codes, Grid, codes_on, dequantize, grid_of
 from mbq_export.schemes.base import CHANNEL
 
 if TYPE_CHECKING:
+    from mbq_export.quantize.clip import ClippedGrids
     from mbq_export.schemes.base import QuantScheme
 
 SLAB: Final = 128
@@ -67,6 +68,7 @@ class Rounded:
         why: Reason for "nearest".
         nearest: tr(E H E') / tr(W H W') of nearest rounding, E against the weight that was aimed at.
         kept: The same of `codes`; never larger.
+        clipped: The grids of `codes`, if their groups were clipped.
     """
 
     codes: Codes
@@ -74,6 +76,7 @@ class Rounded:
     why: str | None
     nearest: float
     kept: float
+    clipped: ClippedGrids | None = None
 
 
 def factorise(hessian: Tensor, *, damp: float) -> Factor:
@@ -88,13 +91,7 @@ def factorise(hessian: Tensor, *, damp: float) -> Factor:
     """
     columns = len(hessian)
     exact = hessian.to(torch.float64 if columns <= EXACT_COLUMNS else torch.float32).clone()
-    if not bool(torch.isfinite(exact).all()):
-        raise GateError(
-            "E1103",
-            f"{int((~torch.isfinite(exact)).sum())} entries of a Hessian are not finite.",
-            why="activations overflow",
-            fix="check the weights: mbq-export inspect MODEL",
-        )
+    check_hessian(exact)
     diagonal = exact.diagonal()
     dead = diagonal == 0
     # A dead column is alone in the matrix: its value decides nothing, but must not dampen the others.
@@ -113,6 +110,22 @@ def factorise(hessian: Tensor, *, damp: float) -> Factor:
         why=f"tried with up to {used / MORE_DAMPING:g} of its mean diagonal added",
         fix=(f"--damp {used:g}", "more calibration samples", "--rounding nearest"),
     )
+
+
+def check_hessian(hessian: Tensor) -> None:
+    """Refuse a Hessian, or parts of one, with entries that are not finite.
+
+    Raises:
+        GateError: E1103.
+    """
+    bad = int((~torch.isfinite(hessian)).sum())
+    if bad:
+        raise GateError(
+            "E1103",
+            f"{bad} entries of a Hessian are not finite.",
+            why="activations overflow",
+            fix="check the weights: mbq-export inspect MODEL",
+        )
 
 
 def _inverse_factor(matrix: Tensor) -> Tensor | None:
@@ -145,7 +158,14 @@ def retarget(weight: Tensor, shift: Tensor, factor: Factor, *, rho: float) -> Te
     return (wide + rho * moved).float()
 
 
-def feed_back(weight: Tensor, factor: Factor, *, scheme: QuantScheme, group_size: int) -> Codes:
+def feed_back(
+    weight: Tensor,
+    factor: Factor,
+    *,
+    scheme: QuantScheme,
+    group_size: int,
+    clipped: ClippedGrids | None = None,
+) -> Codes:
     """Round column by column.
 
     Args:
@@ -153,6 +173,7 @@ def feed_back(weight: Tensor, factor: Factor, *, scheme: QuantScheme, group_size
         factor: Of the linear's inputs.
         scheme: Number format.
         group_size: Columns that share a scale, or `CHANNEL`.
+        clipped: Gives the grids; None for those of whole ranges.
 
     Raises:
         FormatError: E4112 for a range that fp16 cannot hold.
@@ -169,7 +190,11 @@ def feed_back(weight: Tensor, factor: Factor, *, scheme: QuantScheme, group_size
         for column in range(start, stop):
             if column % size == 0:
                 group = left[:, column : column + size].float()
-                grids.append(grid_of(group, scheme=scheme, channel=group_size == CHANNEL))
+                grids.append(
+                    grid_of(group, scheme=scheme, channel=group_size == CHANNEL)
+                    if clipped is None
+                    else clipped.of(group, len(grids))
+                )
             code, error = _round_column(left[:, column], grids[-1], scheme)
             codes[:, column] = code
             handed_on = error / factor.upper[column, column]
@@ -202,6 +227,7 @@ def round_linear(
     *,
     scheme: QuantScheme,
     group_size: int,
+    clipped: ClippedGrids | None = None,
 ) -> Rounded:
     """Round with feedback; keep nearest rounding should that have the smaller error.
 
@@ -211,6 +237,7 @@ def round_linear(
         factor: Of `hessian`.
         scheme: Number format.
         group_size: Columns that share a scale, or `CHANNEL`.
+        clipped: Gives the grids of feedback; nearest rounding, which it is held against, never clips.
 
     Raises:
         FormatError: E4110 or E4112.
@@ -225,7 +252,7 @@ def round_linear(
     nearest = quantize(weight, scheme=scheme, group_size=group_size)
     before = error(nearest)
     try:
-        found = feed_back(weight, factor, scheme=scheme, group_size=group_size)
+        found = feed_back(weight, factor, scheme=scheme, group_size=group_size, clipped=clipped)
     except FormatError as overflow:
         if overflow.code != "E4112":
             raise
@@ -234,7 +261,9 @@ def round_linear(
         )
     after = error(found)
     if after <= before:
-        return Rounded(codes=found, rounding="gptq", why=None, nearest=before, kept=after)
+        return Rounded(
+            codes=found, rounding="gptq", why=None, nearest=before, kept=after, clipped=clipped
+        )
     return Rounded(codes=nearest, rounding="nearest", why="gptq-worse", nearest=before, kept=before)
 
 

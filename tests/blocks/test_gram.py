@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mbq_export.blocks.gram import SPLIT_COLUMNS, Gram
+from mbq_export.blocks.gram import SPLIT_COLUMNS, Gram, GroupGram
 from mbq_export.blocks.loss import ClassWeights
 from mbq_export.blocks.ratios import ALIKE
 from mbq_export.families.base import ANSWER, PAD, PROMPT, VISION
@@ -109,6 +109,23 @@ def test_diagonal_blocks_are_cut_out_of_the_whole(size: int) -> None:
     for group, block in enumerate(blocks):
         span = slice(group * size, (group + 1) * size)
         assert torch.equal(block, whole[span, span])
+
+
+@pytest.mark.parametrize("size", [1, 8, 24])
+def test_sums_inside_groups_alone_are_those_of_the_definition(size: int) -> None:
+    """However tokens are cut, and the same to the bit when mirrored."""
+    rows, classes, _ = random_rows(6)
+    gram = GroupGram(24, WEIGHINGS, group_size=size)
+    for part in (slice(0, 120), slice(120, None)):
+        gram.add(rows[None, part], classes[None, part])
+    for name, weights in WEIGHINGS.items():
+        x = rows.double()
+        whole = x.T @ (weight_of(classes, weights)[:, None] * x)
+        blocks = gram.diagonal_blocks(name)
+        assert torch.equal(blocks, blocks.transpose(1, 2))
+        for group, block in enumerate(blocks):
+            span = slice(group * size, (group + 1) * size)
+            assert relative(block, whole[span, span]) < SUMS_RELATIVE
 
 
 def test_storage_is_decided_by_width_and_number_of_weighings() -> None:

@@ -119,6 +119,23 @@ def test_options_replace_what_the_scales_say_of_rounding(
     assert (method["name"], method["rounding"], method["gptq_prefix"]) == ("mbq", "gptq", "fp")
 
 
+def test_clipping_of_the_stage_alone_is_that_of_the_build(model: Path, tmp_path: Path) -> None:
+    line = ("--method", "rtn", "--clip", "group", "-o", tmp_path / "b")
+    built = run("build", "--model", model, *SHORT_BUILD, *line)
+    assert built.status == 0, built.err
+    scales = ("--scales", tmp_path / "b" / "calibration")
+    outcome = run("quantize", "--model", model, *scales, *DATA, "-o", tmp_path / "c")
+    assert outcome.status == 0, outcome.err
+    files = {path.name: path.read_bytes() for path in (tmp_path / "b" / "weights").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == files
+    info = QuantCheckpoint.open(tmp_path / "c").info
+    assert info["method"]["clip"] == "group"
+    assert sum("clip" in row for row in info["linears"]) == 5 * len(info["linears"]) // 7
+    plain = run("quantize", "--model", model, *scales, "--clip", "none", "-o", tmp_path / "d")
+    assert plain.status == 0, plain.err
+    assert not any("clip" in row for row in plain.document["result"]["linears"])
+
+
 def test_feedback_can_be_left_out_and_then_needs_no_data(
     model: Path, scales_of: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -163,6 +180,8 @@ def test_gradients_are_measured_for_feedback_that_weighs_classes(
         ("gptq", (*DATA, "--hessian", "some"), 2, "E2001", "Switch hessian", "--hessian with"),
         ("gptq", (*DATA, "--asym", "2"), 2, "E2001", "Switch asym", "--asym with"),
         ("gptq", (*DATA, "--asym", "half"), 2, "E2003", "neither a number nor auto", ""),
+        ("mbq", (*DATA, "--clip", "row"), 2, "E2001", "Switch clip", "--clip with"),
+        ("rtn", ("--clip", "group"), 2, "E2018", "--method rtn needs calibration data", "--data"),
     ],
 )
 def test_feedback_that_cannot_be_is_refused_with_what_mends_it(

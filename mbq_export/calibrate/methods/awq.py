@@ -1,6 +1,6 @@
 """Activation-aware scales: squared error over all real tokens alike (AWQ, arXiv 2306.00978).
 
-The scale search only: the clipping step of that paper is not done (``clip`` stays "none").
+The scale search only: the clipping step of that paper is an option, ``clip`` = "group".
 """
 
 from typing import Final

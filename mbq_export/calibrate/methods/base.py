@@ -102,6 +102,13 @@ def replaced(switches: Switches, chosen: Mapping[str, Any]) -> Switches:
         UsageError: E2001 for an unknown value, E2002 for a choice that decides nothing.
     """
     found = replace(switches, **chosen)
+    if found.compat == "mbq" and found.clip != "none":
+        raise UsageError(
+            "E2002",
+            f"--compat mbq contradicts --clip {found.clip}.",
+            why="the published code rounds weights over their whole range",
+            fix=("--clip none", "calibrate without --compat"),
+        )
     idle = [name for name in OF_FEEDBACK if name in chosen]
     if idle and found.rounding != "gptq":
         raise UsageError(

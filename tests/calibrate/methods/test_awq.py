@@ -1,4 +1,4 @@
-"""The baseline: squared error, every real token alike, 20 points, no clipping yet."""
+"""The baseline: squared error, every real token alike, 20 points, no clipping unless asked for."""
 
 from dataclasses import replace
 

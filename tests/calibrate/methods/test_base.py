@@ -115,3 +115,16 @@ def test_compatibility_has_no_error_feedback(name: str) -> None:
     assert caught.value.code == "E2002"
     with pytest.raises(UsageError, match="--compat mbq contradicts rounding = gptq"):
         METHODS["mbq"].resolve({"compat": "mbq", "rounding": "gptq"})
+
+
+def test_the_published_arithmetic_does_not_clip() -> None:
+    with pytest.raises(UsageError, match="--compat mbq contradicts --clip group") as caught:
+        METHODS["mbq"].resolve({"compat": "mbq", "clip": "group"})
+    assert caught.value.code == "E2002"
+    assert METHODS["mbq"].resolve({"compat": "mbq", "clip": "none"}).clip == "none"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_method_clips_unless_asked_to(name: str) -> None:
+    assert METHODS[name].resolve({}).clip == "none"
+    assert METHODS[name].resolve({"clip": "group"}).clip == "group"

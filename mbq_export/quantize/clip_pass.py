@@ -1,0 +1,152 @@
+"""Blocks rounded to the nearest codes of clipped groups.
+
+Weights of errors come from what the full-precision model feeds each linear, channel scales folded, as the search of
+those scales sees it. Only the parts of the Gram matrices inside groups are kept: K x group size floats per weighing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from mbq_export.blocks.gram import GroupGram
+from mbq_export.blocks.ratios import ALIKE, weights_of_linear
+from mbq_export.blocks.reading import rows_read_by
+from mbq_export.errors import UsageError, located
+from mbq_export.quantize.clip import SKIPPED, ClippedGrids, clip_facts, round_clipped
+from mbq_export.quantize.gptq import check_hessian
+from mbq_export.quantize.streams import Streams
+from mbq_export.schemes.affine import quantize, rounded_per_token
+from mbq_export.schemes.base import CHANNEL
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from mbq_export.blocks.stream import BlockStream
+    from mbq_export.channel_scales import ChannelScales
+    from mbq_export.families.base import LoadedModel, Smooth
+    from mbq_export.quantize.feedback import Samples
+    from mbq_export.schemes.affine import Codes
+    from mbq_export.schemes.base import QuantScheme
+
+FEWEST_WEIGHED_BITS: Final = 3
+"""With fewer bits token classes weigh alike: errors are too large for ratios of first-order gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedBlock:
+    """One block after rounding.
+
+    Attributes:
+        codes: By linear, relative to the block.
+        facts: By linear, what `mbq.json` says beside the row of every method.
+    """
+
+    codes: dict[str, Codes]
+    facts: dict[str, dict[str, Any]]
+
+
+class ClipPass:
+    """Rounds the blocks of a model in their order."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        stream: BlockStream,
+        scales: ChannelScales,
+        samples: Samples | None,
+        *,
+        scheme: QuantScheme,
+        group_size: int,
+    ) -> None:
+        """Embed the samples.
+
+        Raises:
+            UsageError: E2018 without samples.
+        """
+        if samples is None or not samples.inputs:
+            raise UsageError(
+                "E2018",
+                "Clipping has no calibration data to look at.",
+                why="it weighs rounding errors by what the linears read",
+                fix=("--data calib.jsonl", "--clip none"),
+            )
+        self._model, self._stream = model, stream
+        self.scheme, self._group_size = scheme, group_size
+        self._report = scales.sensitivity
+        self._hessian = weighing(scales.sensitivity, scheme)
+        self._seen = Streams.begin(stream, samples.inputs, exact=True, moved=False)
+
+    def round(self, block: nn.Module, index: int) -> ClippedBlock:
+        """Round all linears of a block.
+
+        Args:
+            block: With folded scales, in float32; not changed.
+            index: Its position; the one after the block that was passed last.
+
+        Raises:
+            GateError: E1103, naming the unit and linear.
+            FormatError: E4110 or E4112.
+        """
+        codes: dict[str, Codes] = {}
+        facts: dict[str, dict[str, Any]] = {}
+        for place in self._model.family.smooth:
+            with located(f"{self._model.family.blocks}.{index}"), located(place.unit):
+                blocks = self._blocks(block, index, place)
+                for linear in place.into:
+                    weight = block.get_parameter(f"{linear}.weight").detach()
+                    with located(linear):
+                        codes[linear], facts[linear] = self._rounded(weight, blocks.get(linear))
+        return ClippedBlock(codes=codes, facts=facts)
+
+    def go_on(self, block: nn.Module, index: int, codes: Mapping[str, Codes]) -> None:  # noqa: ARG002
+        """Let the rows pass a block that is finished, now or by an earlier run.
+
+        Args:
+            block: With folded scales, in float32; not changed.
+            index: Its position.
+            codes: What is stored of it; the rows are those of full precision, and do not depend on it.
+        """
+        self._seen.advance(self._stream, index, folded=block, rounded=block)
+
+    def _rounded(self, weight: Tensor, blocks: Tensor | None) -> tuple[Codes, dict[str, Any]]:
+        scheme, size = self.scheme, self._group_size
+        if blocks is None:
+            return quantize(weight, scheme=scheme, group_size=size), {}
+        check_hessian(blocks)
+        grids = ClippedGrids(blocks, scheme=scheme, channel=size == CHANNEL)
+        codes = round_clipped(weight, grids, scheme=scheme, group_size=size)
+        return codes, {"clip": clip_facts(grids, self._hessian)}
+
+    def _blocks(self, block: nn.Module, index: int, place: Smooth) -> dict[str, Tensor]:
+        """Gram matrices inside groups, by linear of a unit; none for those that are not clipped."""
+        clipped = [linear for linear in place.into if linear not in SKIPPED]
+        alike = self._hessian == "plain"
+        names = {linear: "plain" if alike else linear for linear in clipped}
+        weighings = {
+            name: ALIKE if alike else weights_of_linear(self._report, index, linear)
+            for linear, name in names.items()
+        }
+        columns = int(block.get_parameter(f"{place.into[0]}.weight").shape[1])
+        size = columns // self.scheme.groups_of(columns, self._group_size)
+        gram = GroupGram(columns, weighings, group_size=size)
+        read = rows_read_by(
+            place.into[0],
+            stream=self._stream,
+            block=block,
+            index=index,
+            batches=self._seen.before,
+        )
+        for batch, rows in zip(self._seen.batches, read, strict=True):
+            # The kernel multiplies rounded activations, so that is what errors are weighed by.
+            seen = rounded_per_token(rows) if self.scheme.rounds_activations else rows
+            gram.add(seen, batch.classes)
+        return {linear: gram.diagonal_blocks(name) for linear, name in names.items()}
+
+
+def weighing(report: Mapping[str, Any], scheme: QuantScheme) -> Literal["plain", "balanced"]:
+    """How errors of token classes weigh: by each linear's own ratios where those were measured, else alike."""
+    measured = bool(report.get("layers")) and scheme.weight_bits >= FEWEST_WEIGHED_BITS
+    return "balanced" if measured else "plain"
