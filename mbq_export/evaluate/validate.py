@@ -61,6 +61,8 @@ logger = logging.getLogger(__name__)
 TIERS: Final = ("structure", "numeric", "tokens", "task")
 DEFAULT_TIERS: Final = TIERS[:3]
 REFERENCE: Final = "reference"
+GRAPH_DTYPES: Final = ("fp32", "fp16")
+"""Types that ONNX Runtime computes graphs in; an engine has its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,7 +352,7 @@ def _check_known(validation: Validation) -> None:
     """Refuse names that mean nothing; backend and lowering are looked up where they are opened."""
     for what, names, known in (
         ("tier", validation.tiers, TIERS),
-        ("dtype", (validation.dtype,), tuple(PARITY)),
+        ("dtype", (validation.dtype,), GRAPH_DTYPES),
     ):
         for name in names:
             if name not in known:
