@@ -10,7 +10,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ import numpy as np
 
 from mbq_export.backends import _trt_session
 from mbq_export.backends._trt_cuda import Cuda
+from mbq_export.backends._trt_kept import KeptDecoder
 from mbq_export.tensor_file import BFLOAT16
 
 HANGING_S = 600
@@ -295,6 +296,21 @@ def decoder(
     )
     loaded.bind()
     return loaded
+
+
+def kept(engine: _trt_session.LoadedEngine) -> KeptDecoder:
+    """A decoder engine with its cache."""
+    return KeptDecoder(engine=engine, slots=SLOTS, chunk=CHUNK, logits="logits", width=VOCABULARY)
+
+
+def step(decoder: KeptDecoder, values: Sequence[float], at: int, sequence: int = 1) -> list[float]:
+    """Feed tokens whose embeddings are ``values`` in every column; return the logits."""
+    embeds = np.repeat(np.array(values, np.float16)[None, :, None], HIDDEN, axis=2)
+    positions = np.arange(at, at + len(values), dtype=np.int64)[None]
+    feeds = {"inputs_embeds": embeds, "position_ids": positions}
+    outputs = decoder.run({**feeds, "sequence": np.array([sequence], np.int64)})
+    assert list(outputs) == ["logits"]
+    return [float(each) for each in outputs["logits"][0, 0]]
 
 
 def child(what: str) -> None:

@@ -24,48 +24,33 @@ def cuda() -> double.RecordedCuda:
 def kept(cuda: double.RecordedCuda, form: str) -> KeptDecoder:
     engine = double.decoder(cuda, graph=GRAPHS[form], aliases=form == "static")
     assert engine.grows == (form == "grows")
-    return KeptDecoder(
-        engine=engine,
-        slots=double.SLOTS,
-        chunk=double.CHUNK,
-        logits="logits",
-        width=double.VOCABULARY,
-    )
-
-
-def step(decoder: KeptDecoder, values: list[float], at: int, sequence: int = 1) -> list[float]:
-    """Feed tokens whose embeddings are ``values`` in every column; return the logits."""
-    embeds = np.repeat(np.array(values, np.float16)[None, :, None], double.HIDDEN, axis=2)
-    positions = np.arange(at, at + len(values), dtype=np.int64)[None]
-    feeds = {"inputs_embeds": embeds, "position_ids": positions}
-    outputs = decoder.run({**feeds, "sequence": np.array([sequence], np.int64)})
-    return [float(each) for each in outputs["logits"][0, 0]]
+    return double.kept(engine)
 
 
 @pytest.mark.parametrize("form", GRAPHS)
 def test_both_caches_give_the_same_sums(form: str, cuda: double.RecordedCuda) -> None:
     decoder = kept(cuda, form)
-    assert step(decoder, [1, 2], at=0) == [12.0, 1.0]
-    assert step(decoder, [5], at=2) == [32.0, 2.0]
-    assert step(decoder, [1, 2, 3, 4, 5, 6, 7], at=3) == [32.0 + 4 * 28, 9.0]
-    assert step(decoder, [100], at=0, sequence=2) == [400.0, 0.0]
+    assert double.step(decoder, [1, 2], at=0) == [12.0, 1.0]
+    assert double.step(decoder, [5], at=2) == [32.0, 2.0]
+    assert double.step(decoder, [1, 2, 3, 4, 5, 6, 7], at=3) == [32.0 + 4 * 28, 9.0]
+    assert double.step(decoder, [100], at=0, sequence=2) == [400.0, 0.0]
 
 
 @pytest.mark.parametrize("form", GRAPHS)
 def test_every_slot_can_be_filled_and_no_more(form: str, cuda: double.RecordedCuda) -> None:
     decoder = kept(cuda, form)
     for at in range(double.SLOTS):
-        assert step(decoder, [1], at=at) == [4.0 * (at + 1), at]
+        assert double.step(decoder, [1], at=at) == [4.0 * (at + 1), at]
     with pytest.raises(Refused, match="Position 17 is beyond 16 slots"):
-        step(decoder, [1], at=double.SLOTS)
+        double.step(decoder, [1], at=double.SLOTS)
 
 
 @pytest.mark.parametrize("form", GRAPHS)
 def test_a_run_of_most_tokens_fits_behind_a_full_past(form: str, cuda: double.RecordedCuda) -> None:
     decoder = kept(cuda, form)
     first = double.SLOTS - double.CHUNK
-    step(decoder, [1] * first, at=0)
-    assert step(decoder, [1] * double.CHUNK, at=first)[0] == 4.0 * double.SLOTS
+    double.step(decoder, [1] * first, at=0)
+    assert double.step(decoder, [1] * double.CHUNK, at=first)[0] == 4.0 * double.SLOTS
 
 
 @pytest.mark.parametrize("form", GRAPHS)
@@ -73,8 +58,8 @@ def test_numbers_that_are_none_do_not_outlive_their_sequence(
     form: str, cuda: double.RecordedCuda
 ) -> None:
     decoder = kept(cuda, form)
-    assert np.isnan(step(decoder, [np.nan, 1], at=0))[0]
-    assert step(decoder, [1, 1], at=0, sequence=2) == [8.0, 1.0]
+    assert np.isnan(double.step(decoder, [np.nan, 1], at=0))[0]
+    assert double.step(decoder, [1, 1], at=0, sequence=2) == [8.0, 1.0]
 
 
 def test_growing_cache_has_two_buffers_that_change_places(cuda: double.RecordedCuda) -> None:
@@ -82,9 +67,9 @@ def test_growing_cache_has_two_buffers_that_change_places(cuda: double.RecordedC
     addresses = decoder.engine.context.addresses
     first = (addresses[KEY], addresses[PRESENT])
     assert first[0] != first[1]
-    step(decoder, [1], at=0)
+    double.step(decoder, [1], at=0)
     assert (addresses[PRESENT], addresses[KEY]) == first
-    step(decoder, [1], at=1)
+    double.step(decoder, [1], at=1)
     assert (addresses[KEY], addresses[PRESENT]) == first
     sizes = {decoder.engine.buffers[name].size for name in (KEY, PRESENT)}
     assert sizes == {2 * double.HEADS * (double.SLOTS + double.CHUNK) * double.HIDDEN}
@@ -92,7 +77,7 @@ def test_growing_cache_has_two_buffers_that_change_places(cuda: double.RecordedC
 
 def test_growing_cache_begins_with_one_hidden_position(cuda: double.RecordedCuda) -> None:
     decoder = kept(cuda, "grows")
-    step(decoder, [1, 1], at=0)
+    double.step(decoder, [1, 1], at=0)
     shapes = decoder.engine.context.shapes
     assert shapes[KEY] == (1, double.HEADS, 1, double.HIDDEN)
     assert shapes["attention_mask"] == (1, 3)
@@ -106,7 +91,7 @@ def test_growing_cache_is_never_replayed(cuda: double.RecordedCuda) -> None:
     decoder = kept(cuda, "grows")
     for sequence in (1, 2, 3):
         for at in range(3):
-            assert step(decoder, [1], at=at, sequence=sequence)[0] == 4.0 * (at + 1)
+            assert double.step(decoder, [1], at=at, sequence=sequence)[0] == 4.0 * (at + 1)
     assert cuda.calls.count("execute_async_v3") == 9
     assert "cuStreamBeginCapture_v2" not in cuda.calls
 
@@ -117,7 +102,7 @@ def test_a_context_that_refuses_an_address_is_told(
     decoder = kept(cuda, "grows")
     monkeypatch.setattr(double.Context, "set_tensor_address", lambda *_: False)
     with pytest.raises(Refused, match=f"refuses an address for {KEY}") as error:
-        step(decoder, [1], at=0)
+        double.step(decoder, [1], at=0)
     assert error.value.kind == "trt-run"
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from mbq_export.backends._trt_job import Job, Refused
 from mbq_export.backends._trt_session import (
-    KeptDecoder,
     LoadedEngine,
     largest_shapes,
     runner_of,
@@ -31,26 +30,6 @@ def cuda() -> double.RecordedCuda:
     return double.RecordedCuda()
 
 
-def kept(engine: LoadedEngine) -> KeptDecoder:
-    return KeptDecoder(
-        engine=engine,
-        slots=double.SLOTS,
-        chunk=double.CHUNK,
-        logits="logits",
-        width=double.VOCABULARY,
-    )
-
-
-def step(decoder: KeptDecoder, values: list[int], at: int, sequence: int = 1) -> list[float]:
-    """Feed tokens whose embeddings are ``values`` in every column; return the logits."""
-    embeds = np.repeat(np.array(values, np.float16)[None, :, None], double.HIDDEN, axis=2)
-    positions = np.arange(at, at + len(values), dtype=np.int64)[None]
-    feeds = {"inputs_embeds": embeds, "position_ids": positions}
-    outputs = decoder.run({**feeds, "sequence": np.array([sequence], np.int64)})
-    assert list(outputs) == ["logits"]
-    return [float(each) for each in outputs["logits"][0, 0]]
-
-
 @pytest.mark.parametrize("aliases", [True, False], ids=["told by the engine", "told by its name"])
 def test_cache_input_and_output_share_one_address(cuda: double.RecordedCuda, aliases: bool) -> None:
     engine = double.decoder(cuda, aliases=aliases)
@@ -68,30 +47,30 @@ def test_buffers_hold_the_largest_shapes_and_begin_as_zeros(cuda: double.Recorde
 
 
 def test_answers_are_sums_over_all_tokens_so_far(cuda: double.RecordedCuda) -> None:
-    decoder = kept(double.decoder(cuda))
-    assert step(decoder, [1, 2], at=0) == [12.0, 1.0]
-    assert step(decoder, [5], at=2) == [32.0, 2.0]
-    assert step(decoder, [7], at=3) == [60.0, 3.0]
+    decoder = double.kept(double.decoder(cuda))
+    assert double.step(decoder, [1, 2], at=0) == [12.0, 1.0]
+    assert double.step(decoder, [5], at=2) == [32.0, 2.0]
+    assert double.step(decoder, [7], at=3) == [60.0, 3.0]
 
 
 def test_prompt_longer_than_a_run_is_fed_in_parts(cuda: double.RecordedCuda) -> None:
-    decoder = kept(double.decoder(cuda))
-    assert step(decoder, [1, 2, 3, 4, 5, 6, 7], at=0) == [4 * 28.0, 6.0]
+    decoder = double.kept(double.decoder(cuda))
+    assert double.step(decoder, [1, 2, 3, 4, 5, 6, 7], at=0) == [4 * 28.0, 6.0]
     assert cuda.calls.count("execute_async_v3") == 3
 
 
 def test_new_sequence_begins_with_an_empty_cache(cuda: double.RecordedCuda) -> None:
-    decoder = kept(double.decoder(cuda))
-    step(decoder, [100, 100, 100], at=0, sequence=1)
-    assert step(decoder, [1], at=0, sequence=2) == [4.0, 0.0]
+    decoder = double.kept(double.decoder(cuda))
+    double.step(decoder, [100, 100, 100], at=0, sequence=1)
+    assert double.step(decoder, [1], at=0, sequence=2) == [4.0, 0.0]
     (cache,) = decoder.engine.caches
     left = np.frombuffer(cuda.memory[cache.address].raw, np.float16)
     assert left.sum() == double.HIDDEN
 
 
 def test_step_is_recorded_once_and_replayed(cuda: double.RecordedCuda) -> None:
-    decoder = kept(double.decoder(cuda))
-    sums = [step(decoder, [1], at=position)[0] for position in range(6)]
+    decoder = double.kept(double.decoder(cuda))
+    sums = [double.step(decoder, [1], at=position)[0] for position in range(6)]
     assert sums == [4.0, 8.0, 12.0, 16.0, 20.0, 24.0]
     assert cuda.calls.count("execute_async_v3") == 2, "once for real, once while recording"
     assert cuda.calls.count("cuGraphLaunch") == 5
@@ -99,31 +78,36 @@ def test_step_is_recorded_once_and_replayed(cuda: double.RecordedCuda) -> None:
 
 def test_engine_that_cannot_be_recorded_runs_every_time(cuda: double.RecordedCuda) -> None:
     cuda.fails["cuGraphInstantiateWithFlags"] = 801
-    decoder = kept(double.decoder(cuda))
-    assert [step(decoder, [1], at=position)[0] for position in range(4)] == [4.0, 8.0, 12.0, 16.0]
+    decoder = double.kept(double.decoder(cuda))
+    assert [double.step(decoder, [1], at=position)[0] for position in range(4)] == [
+        4.0,
+        8.0,
+        12.0,
+        16.0,
+    ]
     assert cuda.calls.count("cuStreamBeginCapture_v2") == 1
 
 
 def test_position_beyond_the_cache_is_refused_before_tensorrt_drops_it(
     cuda: double.RecordedCuda,
 ) -> None:
-    decoder = kept(double.decoder(cuda))
-    step(decoder, [1] * double.SLOTS, at=0)
+    decoder = double.kept(double.decoder(cuda))
+    double.step(decoder, [1] * double.SLOTS, at=0)
     ran = cuda.calls.count("execute_async_v3")
     with pytest.raises(Refused, match="Position 17 is beyond 16 slots") as error:
-        step(decoder, [1], at=16)
+        double.step(decoder, [1], at=16)
     assert error.value.kind == "trt-run"
     assert cuda.calls.count("execute_async_v3") == ran
 
 
 def test_tokens_that_do_not_continue_the_cache_are_refused(cuda: double.RecordedCuda) -> None:
-    decoder = kept(double.decoder(cuda))
-    step(decoder, [1, 2], at=0, sequence=1)
+    decoder = double.kept(double.decoder(cuda))
+    double.step(decoder, [1, 2], at=0, sequence=1)
     with pytest.raises(Refused, match="Position 4 does not continue 2"):
-        step(decoder, [1], at=4, sequence=1)
-    step(decoder, [1], at=0, sequence=2)
+        double.step(decoder, [1], at=4, sequence=1)
+    double.step(decoder, [1], at=0, sequence=2)
     with pytest.raises(Refused, match="Position 2 does not continue 0"):
-        step(decoder, [1], at=2, sequence=1)
+        double.step(decoder, [1], at=2, sequence=1)
 
 
 def test_shape_beyond_the_profile_names_input_and_profile(cuda: double.RecordedCuda) -> None:
@@ -219,7 +203,7 @@ def test_bfloat16_decoder_keeps_its_cache_in_bfloat16(cuda: double.RecordedCuda)
         largest=double.LARGEST,
         compute=double.add_up,
     )
-    decoder = kept(double.decoder(cuda, graph=graph))
+    decoder = double.kept(double.decoder(cuda, graph=graph))
     embeds = np.full((1, 1, double.HIDDEN), 257.0).astype(BFLOAT16)
     feeds = {"inputs_embeds": embeds, "position_ids": np.array([[0]])}
     (logits,) = decoder.run({**feeds, "sequence": np.array([1])}).values()

@@ -1,5 +1,6 @@
 """A model whose linears are clipped for what full precision feeds them, with nearest rounding and with feedback."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from mbq_export.channel_scales import ChannelScales, Switches
 from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import GateError, UsageError
 from mbq_export.families.base import LoadedModel
-from mbq_export.progress import Progress, silent
 from mbq_export.quantize import quantize
 from mbq_export.quantize.clip import SKIPPED
 from mbq_export.quantize.clip_pass import weighing
@@ -22,8 +22,8 @@ from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.oracle import dequantized
 from mbq_export.schemes.w4a8 import quantize_activations
 from mbq_export.state import State
-from tests.quantize.test_feedback import KilledError, bytes_of, class_weights, report, rows_of
-from tests.quantize.test_feedback import samples as samples_of
+from tests.quantize.seen import KilledError, bytes_of, class_weights, report, rounded, rows_of
+from tests.quantize.seen import samples as samples_of
 from tests.questions import tiny_model
 from tests.reference import clip as reference
 from tests.reference.feedback import Format
@@ -42,28 +42,6 @@ def scales(model: LoadedModel, *, weighed: bool = True, **switches: Any) -> Chan
         scales=random_scales(model).scales,
         sensitivity=report(model) if weighed else {},
         calib={"switches": chosen.resolved()},
-    )
-
-
-def clipped(
-    model: LoadedModel,
-    out: Path,
-    found: ChannelScales,
-    *,
-    scheme: str = "w3a16",
-    group_size: int = 64,
-    state: State | None = None,
-    progress: Progress = silent,
-) -> QuantCheckpoint:
-    return quantize(
-        model,
-        found,
-        scheme=SCHEMES[scheme],
-        group_size=group_size,
-        out=out,
-        samples=samples_of(model),
-        state=state,
-        progress=progress,
     )
 
 
@@ -116,7 +94,7 @@ def test_every_group_is_clipped_for_what_full_precision_feeds_it(
 ) -> None:
     model = tiny_model()
     made = scales(model, weighed=weighed == "balanced")
-    checkpoint = clipped(model, tmp_path / "c", made, scheme=scheme, group_size=group_size)
+    checkpoint = rounded(model, tmp_path / "c", made, scheme=scheme, group_size=group_size)
     tiny_checkpoint(tmp_path / "folded", model, scheme=None)
     shares = shares_equal(model, checkpoint, tmp_path / "folded", weighed=weighed)
     assert min(shares.values()) > SAME_GROUPS, shares
@@ -130,7 +108,7 @@ def test_the_record_says_how_far_groups_were_shrunk_and_queries_and_keys_were_no
     tmp_path: Path,
 ) -> None:
     model = tiny_model()
-    info = clipped(model, tmp_path / "c", scales(model)).info
+    info = rounded(model, tmp_path / "c", scales(model)).info
     assert info["method"]["clip"] == "group"
     for row in info["linears"]:
         if row["name"].endswith(SKIPPED):
@@ -145,8 +123,8 @@ def test_the_record_says_how_far_groups_were_shrunk_and_queries_and_keys_were_no
 
 def test_queries_and_keys_are_the_bytes_of_plain_rounding(tmp_path: Path) -> None:
     model = tiny_model()
-    with_clip = clipped(model, tmp_path / "a", scales(model))
-    without = clipped(model, tmp_path / "b", scales(model, clip="none"))
+    with_clip = rounded(model, tmp_path / "a", scales(model))
+    without = rounded(model, tmp_path / "b", scales(model, clip="none"))
     for name in without.linears:
         same = np.array_equal(with_clip.packed(name).scales, without.packed(name).scales)
         assert same == name.endswith(SKIPPED), name
@@ -154,7 +132,7 @@ def test_queries_and_keys_are_the_bytes_of_plain_rounding(tmp_path: Path) -> Non
 
 def test_nothing_of_clipping_is_left_where_it_is_off(tmp_path: Path) -> None:
     model = tiny_model()
-    found = clipped(model, tmp_path / "c", scales(model, clip="none"))
+    found = rounded(model, tmp_path / "c", scales(model, clip="none"))
     assert found.info["method"]["clip"] == "none"
     assert not any("clip" in row for row in found.info["linears"])
 
@@ -163,7 +141,7 @@ def test_nothing_of_clipping_is_left_where_it_is_off(tmp_path: Path) -> None:
 def test_feedback_with_clipping_still_lowers_what_it_weighs(hessian: str, tmp_path: Path) -> None:
     model = tiny_model()
     way = {"rounding": "gptq", "hessian": hessian, "asym": 0.0}
-    info = clipped(model, tmp_path / "c", scales(model, **way)).info
+    info = rounded(model, tmp_path / "c", scales(model, **way)).info
     for row in info["linears"]:
         assert row["rounding"] == "gptq"
         assert (
@@ -178,8 +156,8 @@ def test_feedback_with_clipping_still_lowers_what_it_weighs(hessian: str, tmp_pa
 def test_feedback_without_clipping_is_another(tmp_path: Path) -> None:
     model = tiny_model()
     way = {"rounding": "gptq", "hessian": "plain", "asym": 0.0}
-    with_clip = clipped(model, tmp_path / "a", scales(model, **way))
-    without = clipped(model, tmp_path / "b", scales(model, clip="none", **way))
+    with_clip = rounded(model, tmp_path / "a", scales(model, **way))
+    without = rounded(model, tmp_path / "b", scales(model, clip="none", **way))
     assert not any("clip" in row for row in without.info["linears"])
     first, last = (f"{model.family.blocks}.0.{name}" for name in (SKIPPED[0], "mlp.down_proj"))
     for name, same in ((first, True), (last, False)):
@@ -194,18 +172,18 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     model = tiny_model()
     way = {"hessian": "plain", "asym": 0.0} if rounding == "gptq" else {}
     found, (name, size) = scales(model, rounding=rounding, **way), scheme
-    clipped(model, tmp_path / "whole", found, scheme=name, group_size=size)
+    rounded(model, tmp_path / "whole", found, scheme=name, group_size=size)
 
     def kill(done: int, _total: int, _note: str = "") -> None:
         if done == 1:
             raise KilledError
 
     with State.open(tmp_path / "work", {}) as state, pytest.raises(KilledError):
-        clipped(
+        rounded(
             model, tmp_path / "out", found, scheme=name, group_size=size, state=state, progress=kill
         )
     with State.open(tmp_path / "work", {}) as state:
-        clipped(model, tmp_path / "out", found, scheme=name, group_size=size, state=state)
+        rounded(model, tmp_path / "out", found, scheme=name, group_size=size, state=state)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
@@ -234,11 +212,12 @@ def test_no_samples_are_refused(given: Samples | None, tmp_path: Path) -> None:
 
 def test_activations_that_overflow_are_named_with_their_linear(tmp_path: Path) -> None:
     model = tiny_model()
+    broken = replace(model, module=copy.deepcopy(model.module))
     with torch.no_grad():
         norm = f"{model.family.blocks}.0.post_attention_layernorm.weight"
-        model.module.get_parameter(norm).fill_(3e38)
+        broken.module.get_parameter(norm).fill_(3e38)
     with pytest.raises(GateError, match="not finite") as caught:
-        clipped(model, tmp_path / "c", replace(scales(model), scales={}))
+        rounded(broken, tmp_path / "c", replace(scales(model), scales={}))
     assert caught.value.code == "E1103"
     where = [f"{model.family.blocks}.0", "gate_up", "mlp.gate_proj"]
     assert caught.value.where[:3] == where

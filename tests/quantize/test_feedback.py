@@ -15,16 +15,23 @@ from mbq_export.backends.torch import fake_quant_model
 from mbq_export.channel_scales import ChannelScales, Switches
 from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import GateError, UsageError
-from mbq_export.families.base import ANSWER, PROMPT, VISION, LoadedModel
-from mbq_export.families.inputs import ModelInputs
+from mbq_export.families.base import LoadedModel
 from mbq_export.families.llava_onevision import load
-from mbq_export.progress import Progress, silent
 from mbq_export.quantize import quantize
 from mbq_export.quantize.feedback import Samples
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.oracle import dequantized
 from mbq_export.schemes.w4a8 import quantize_activations
 from mbq_export.state import State
+from tests.quantize.seen import (
+    KilledError,
+    bytes_of,
+    class_weights,
+    report,
+    rounded,
+    rows_of,
+    samples,
+)
 from tests.questions import questions, tiny_model
 from tests.reference import feedback as reference
 from tests.tiny import random_scales, tiny_checkpoint
@@ -36,27 +43,6 @@ OTHER_WEIGHTS = 0.95
 SAME_BEHIND_ROUNDED = 0.9
 """An activation beside the edge of two 8-bit codes is rounded either way by float and by integer sums before it."""
 
-CALIBRATION, HELD_OUT = 5, 3
-RATIOS = {"vision": 0.25, "prompt": 4.0}
-
-
-def samples(model: LoadedModel) -> Samples:
-    found = questions(model, CALIBRATION + HELD_OUT)
-    return Samples(inputs=found[:CALIBRATION], held_out=found[CALIBRATION:])
-
-
-def report(model: LoadedModel) -> dict[str, Any]:
-    """Ratios that differ from linear to linear."""
-    layers = []
-    for layer in range(model.text.layers):
-        linears = {
-            linear: {"clipped": {k: v * (1 + place) / 2 for k, v in RATIOS.items()}}
-            for place, linear in enumerate(model.family.linears)
-        }
-        r = {"attn": 0.3, "mlp": 0.6}
-        layers.append({"layer": layer, "r": r, "linears": linears})
-    return {"layers": layers}
-
 
 def scales(model: LoadedModel, *, scaled: bool = True, **switches: Any) -> ChannelScales:
     made = random_scales(model)
@@ -66,49 +52,6 @@ def scales(model: LoadedModel, *, scaled: bool = True, **switches: Any) -> Chann
         sensitivity=report(model),
         calib={"switches": chosen.resolved()},
     )
-
-
-def rounded(
-    model: LoadedModel,
-    out: Path,
-    found: ChannelScales,
-    *,
-    scheme: str = "w3a16",
-    group_size: int = 64,
-    state: State | None = None,
-    progress: Progress = silent,
-) -> QuantCheckpoint:
-    return quantize(
-        model,
-        found,
-        scheme=SCHEMES[scheme],
-        group_size=group_size,
-        out=out,
-        samples=samples(model),
-        state=state,
-        progress=progress,
-    )
-
-
-@torch.no_grad()
-def rows_of(model: LoadedModel, inputs: list[ModelInputs]) -> dict[str, Tensor]:
-    """What each linear of the decoder reads over all samples: (T, K) by full name."""
-    seen: dict[str, list[Tensor]] = {}
-    handles = []
-    for layer in range(model.text.layers):
-        for linear in model.family.linears:
-            name = model.family.linear_path(layer, linear)
-            note = seen.setdefault(name, [])
-            handles.append(
-                model.module.get_submodule(name).register_forward_pre_hook(
-                    lambda _module, args, note=note: note.append(args[0].flatten(0, -2))
-                )
-            )
-    for sample in inputs:
-        model.module(**sample.tensors(), use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
 def mixed_model(exact: LoadedModel, quantized: LoadedModel, layer: int) -> LoadedModel:
@@ -130,16 +73,6 @@ def expected(
     rows, wanted = rows.double() * root, wanted.double() * root
     aim = reference.retargeted(weight, rows, wanted, rho, damp=0.01).float()
     return reference.feed_back(aim, rows.T @ rows, kind)
-
-
-def class_weights(model: LoadedModel, inputs: list[ModelInputs], name: str, kind: str) -> Tensor:
-    classes = np.concatenate([sample.token_classes for sample in inputs])
-    if kind == "plain":
-        return torch.ones(len(classes), dtype=torch.float64)
-    place = next(i for i, linear in enumerate(model.family.linears) if name.endswith(linear))
-    by = {ANSWER: 1.0, **{k: v * (1 + place) / 2 for k, v in
-          ((VISION, RATIOS["vision"]), (PROMPT, RATIOS["prompt"]))}}  # fmt: skip
-    return torch.tensor([by[int(k)] for k in classes], dtype=torch.float64)
 
 
 def shares_equal(
@@ -299,10 +232,6 @@ def test_a_half_precision_model_is_rounded_to_about_the_same(tmp_path: Path) -> 
         assert kept == pytest.approx(known, rel=0.5)
 
 
-class KilledError(Exception):
-    """Stands for the process being killed."""
-
-
 @pytest.mark.parametrize("scheme", [("w3a16", 64), ("w4a8", 0)], ids=lambda s: s[0])
 @pytest.mark.parametrize("prefix", ["quantized", "fp"])
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
@@ -390,7 +319,3 @@ def test_activations_that_overflow_are_named_with_their_linear(tmp_path: Path) -
         rounded(broken, tmp_path / "c", scales(model, scaled=False))
     assert caught.value.code == "E1103"
     assert caught.value.where[:2] == [f"{model.family.blocks}.0", "gate_up"]
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
