@@ -75,6 +75,7 @@ class Lock:
             with ExitStack() as undo:
                 undo.callback(os.close, descriptor)
                 _refuse_owner(path, _owner_in(descriptor))
+                undo.callback(path.unlink, missing_ok=True)  # it is ours: an interrupt leaves none
                 record = json.dumps(asdict(_myself())).encode()
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, record, 0)

@@ -122,3 +122,17 @@ def test_lock_is_no_link_to_somewhere_else(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="Cannot write"):
         Lock.take(tmp_path / "lock")
     assert (tmp_path / "other").read_text() == "precious"
+
+
+def test_an_interrupt_while_it_is_taken_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Lock.take(tmp_path / "lock")
+    assert not (tmp_path / "lock").exists()
+    monkeypatch.undo()
+    Lock.take(tmp_path / "lock").release()
