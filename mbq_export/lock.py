@@ -11,7 +11,9 @@ import fcntl
 import json
 import logging
 import os
-from contextlib import ExitStack
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -91,6 +93,16 @@ class Lock:
         self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let requests to end wait: between a file that was made and the note to remove it none may come."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _locked(path: Path) -> int:
