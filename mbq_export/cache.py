@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -83,8 +83,8 @@ def making(kind: str, key: str, *, wait_s: float) -> Iterator[Path | None]:
     with explained(final):
         final.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         final.parent.mkdir(mode=0o700, exist_ok=True)
-    lock = _lock_of(final, wait_s)
-    try:
+    with ExitStack() as undo:
+        _take_lock_of(final, wait_s, undo)
         if lookup(kind, key) is not None:
             yield None
             return
@@ -92,18 +92,18 @@ def making(kind: str, key: str, *, wait_s: float) -> Iterator[Path | None]:
             yield staged
             _seal(staged)
             publish(staged, final)
-    finally:
-        lock.release()
 
 
-def _lock_of(final: Path, wait_s: float) -> Lock:
+def _take_lock_of(final: Path, wait_s: float, undo: ExitStack) -> None:
     deadline = time.monotonic() + wait_s
     while True:
         try:
-            return Lock.take(final.with_name(f"{final.name}.lock"))
+            Lock.take(final.with_name(f"{final.name}.lock"), undo=undo)
         except ResourceError as error:
             if error.code != "E5007" or time.monotonic() >= deadline:
                 raise
+        else:
+            return
         time.sleep(POLL_S)
 
 

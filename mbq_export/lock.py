@@ -64,28 +64,32 @@ class Lock:
         self._descriptor: int | None = descriptor
 
     @classmethod
-    def take(cls, path: Path) -> Lock:
+    def take(cls, path: Path, *, undo: ExitStack | None = None) -> Lock:
         """Take a lock at once, also over from an owner that died.
 
         Args:
             path: The lock file; its folder must exist.
+            undo: Releases the lock when it ends. A request to end cannot come between the lock and this.
 
         Raises:
             ResourceError: E5007 if somebody else holds it, or a machine does whose processes cannot be seen;
                 E5001 or E5008 if the file cannot be written.
         """
-        with explained(path):
+        with explained(path), _undisturbed():
             descriptor = _locked(path)
-            with ExitStack() as undo:
-                undo.callback(os.close, descriptor)
+            with ExitStack() as failed:
+                failed.callback(os.close, descriptor)
                 _refuse_owner(path, _owner_in(descriptor))
-                undo.callback(path.unlink, missing_ok=True)  # it is ours: an interrupt leaves none
+                failed.callback(path.unlink, missing_ok=True)  # from here on it is ours
                 record = json.dumps(asdict(_myself())).encode()
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, record, 0)
                 os.fsync(descriptor)
-                undo.pop_all()
-        return cls(path, descriptor)
+                failed.pop_all()
+            lock = cls(path, descriptor)
+            if undo is not None:
+                undo.callback(lock.release)
+        return lock
 
     def release(self) -> None:
         """Remove the file and let others in; releasing twice is allowed."""
@@ -98,8 +102,8 @@ class Lock:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Let requests to end wait: between a file that was made and the note to remove it none may come."""
+def _undisturbed() -> Iterator[None]:
+    """Let requests to end wait."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from mbq_export.errors import FormatError, MbqError, UsageError
-from mbq_export.lock import Lock, undisturbed
+from mbq_export.lock import Lock
 from mbq_export.reading import read_json, sha256_of
 from mbq_export.tensor_file import TensorFile, write_tensors
 from mbq_export.writing import explained, json_bytes, write_file
@@ -89,9 +89,7 @@ class State:
         with explained(partial):
             partial.mkdir(parents=True, exist_ok=True)
         with ExitStack() as undo:
-            with undisturbed():
-                lock = Lock.take(partial / LOCK_FILE)
-                undo.callback(lock.release)
+            lock = Lock.take(partial / LOCK_FILE, undo=undo)
             if fresh:
                 _clear(partial)
             mark = json.loads(json_bytes(dict(fingerprint)))
