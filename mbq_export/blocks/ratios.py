@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mbq_export.blocks.loss import ClassWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 MEASURED_AT: Final = {"attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 """Half of a block to the linear whose output gives its r."""
@@ -39,6 +39,26 @@ def weights_of_linear(report: Mapping[str, Any], layer: int, linear: str) -> Cla
     return ClassWeights(
         vision=_or_one(clipped.get("vision")), prompt=_or_one(clipped.get("prompt"))
     )
+
+
+def weighings(
+    report: Mapping[str, Any], layer: int, linears: Iterable[str], *, alike: bool
+) -> tuple[dict[str, str], dict[str, ClassWeights]]:
+    """Which Gram matrix each of some linears with one input uses, and how each of those weighs token classes.
+
+    Args:
+        report: Not looked at where classes weigh alike.
+        layer: Of the linears.
+        linears: Paths relative to the block.
+        alike: Whether one matrix of all real tokens serves all of them.
+
+    Returns:
+        Name of the matrix by linear, and weights by name.
+    """
+    names = {linear: "plain" if alike else linear for linear in linears}
+    if alike:
+        return names, dict.fromkeys(names.values(), ALIKE)
+    return names, {linear: weights_of_linear(report, layer, linear) for linear in names}
 
 
 def _or_one(value: float | None) -> float:

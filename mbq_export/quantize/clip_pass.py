@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from mbq_export.blocks.gram import GroupGram
-from mbq_export.blocks.ratios import ALIKE, weights_of_linear
+from mbq_export.blocks.ratios import weighings
 from mbq_export.blocks.reading import rows_read_by
 from mbq_export.errors import UsageError, located
 from mbq_export.quantize.clip import SKIPPED, ClippedGrids, clip_facts, round_clipped
 from mbq_export.quantize.gptq import check_hessian
-from mbq_export.quantize.streams import Streams
-from mbq_export.schemes.affine import quantize, rounded_per_token
+from mbq_export.quantize.streams import Streams, rows_multiplied
+from mbq_export.schemes.affine import quantize
 from mbq_export.schemes.base import CHANNEL
 
 if TYPE_CHECKING:
@@ -123,15 +123,10 @@ class ClipPass:
     def _blocks(self, block: nn.Module, index: int, place: Smooth) -> dict[str, Tensor]:
         """Gram matrices inside groups, by linear of a unit; none for those that are not clipped."""
         clipped = [linear for linear in place.into if linear not in SKIPPED]
-        alike = self._hessian == "plain"
-        names = {linear: "plain" if alike else linear for linear in clipped}
-        weighings = {
-            name: ALIKE if alike else weights_of_linear(self._report, index, linear)
-            for linear, name in names.items()
-        }
+        names, weights = weighings(self._report, index, clipped, alike=self._hessian == "plain")
         columns = int(block.get_parameter(f"{place.into[0]}.weight").shape[1])
         size = columns // self.scheme.groups_of(columns, self._group_size)
-        gram = GroupGram(columns, weighings, group_size=size)
+        gram = GroupGram(columns, weights, group_size=size)
         read = rows_read_by(
             place.into[0],
             stream=self._stream,
@@ -140,9 +135,7 @@ class ClipPass:
             batches=self._seen.before,
         )
         for batch, rows in zip(self._seen.batches, read, strict=True):
-            # The kernel multiplies rounded activations, so that is what errors are weighed by.
-            seen = rounded_per_token(rows) if self.scheme.rounds_activations else rows
-            gram.add(seen, batch.classes)
+            gram.add(rows_multiplied(rows, self.scheme), batch.classes)
         return {linear: gram.diagonal_blocks(name) for linear, name in names.items()}
 
 

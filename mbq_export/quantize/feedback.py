@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from mbq_export.blocks.gram import Gram
 from mbq_export.blocks.loss import ClassWeights
-from mbq_export.blocks.ratios import ALIKE, prompt_weight_of, r_of, weights_of_linear
+from mbq_export.blocks.ratios import prompt_weight_of, r_of, weighings
 from mbq_export.blocks.reading import rows_read_by
 from mbq_export.errors import UsageError, located
 from mbq_export.quantize.clip import SKIPPED, ClippedGrids, clip_facts
 from mbq_export.quantize.gptq import Rounded, factorise, retarget, round_linear
 from mbq_export.quantize.held_out import clearly_better, losses
-from mbq_export.quantize.streams import Streams, with_codes
-from mbq_export.schemes.affine import rounded_per_token
+from mbq_export.quantize.streams import Streams, rows_multiplied, with_codes
 from mbq_export.schemes.base import CHANNEL
 
 if TYPE_CHECKING:
@@ -233,22 +232,16 @@ class Feedback:
         self, block: nn.Module, partly: nn.Module, index: int, place: Smooth, way: Way
     ) -> tuple[Gram, dict[str, str]]:
         """Gram matrices of a unit's inputs, and which of them each linear uses."""
-        names = {linear: "plain" if way.hessian == "plain" else linear for linear in place.into}
-        weighings = {
-            name: ALIKE if name == "plain" else weights_of_linear(self._report, index, linear)
-            for linear, name in names.items()
-        }
+        names, weights = weighings(self._report, index, place.into, alike=way.hessian == "plain")
         columns = int(block.get_parameter(f"{place.into[0]}.weight").shape[1])
-        gram = Gram(columns, weighings, shifted=way.rho != 0)
+        gram = Gram(columns, weights, shifted=way.rho != 0)
         rows_of = partial(rows_read_by, place.into[0], stream=self._stream, index=index)
         read = rows_of(block=partly, batches=self._seen.after)
         exact: Any = itertools.repeat(None)
         if way.rho:
             exact = rows_of(block=block, batches=self._seen.before)
         for batch, rows, target in zip(self._seen.batches, read, exact, strict=False):
-            # The kernel multiplies rounded activations, so that is what errors are weighed by.
-            seen = rounded_per_token(rows) if self.scheme.rounds_activations else rows
-            gram.add(seen, batch.classes, target)
+            gram.add(rows_multiplied(rows, self.scheme), batch.classes, target)
         return gram, names
 
     @property

@@ -103,6 +103,11 @@ def with_codes(
     return found
 
 
+def rows_multiplied(rows: Tensor, scheme: QuantScheme) -> Tensor:
+    """What a kernel multiplies weights with, and errors are weighed by: rows rounded per token if the scheme does."""
+    return rounded_per_token(rows) if scheme.rounds_activations else rows
+
+
 def _round_rows(_module: nn.Module, positional: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (rounded_per_token(positional[0]), *positional[1:])
 

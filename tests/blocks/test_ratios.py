@@ -3,7 +3,7 @@
 from typing import Any
 
 from mbq_export.blocks.loss import ClassWeights
-from mbq_export.blocks.ratios import prompt_weight_of, r_of, weights_of_linear
+from mbq_export.blocks.ratios import ALIKE, prompt_weight_of, r_of, weighings, weights_of_linear
 
 
 def report() -> dict[str, Any]:
@@ -40,3 +40,14 @@ def test_what_was_not_measured_weighs_one_in_a_hessian_and_nothing_in_the_search
     assert weights_of_linear(report(), 0, "mlp.down_proj").vision == 1.0
     assert prompt_weight_of(report(), 0, "qkv") == 0.0
     assert prompt_weight_of(report(), 0, "down") == 3.0
+
+
+def test_linears_with_one_input_share_a_matrix_only_where_classes_weigh_alike() -> None:
+    linears = ("self_attn.k_proj", "self_attn.o_proj")
+    assert weighings({}, 0, linears, alike=True) == (
+        dict.fromkeys(linears, "plain"),
+        {"plain": ALIKE},
+    )
+    names, weights = weighings(report(), 0, linears, alike=False)
+    assert names == {linear: linear for linear in linears}
+    assert weights == {linear: weights_of_linear(report(), 0, linear) for linear in linears}

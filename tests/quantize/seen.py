@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -99,3 +100,18 @@ class KilledError(Exception):
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def check_resumed(model: LoadedModel, folder: Path, found: ChannelScales, **kind: Any) -> None:
+    """Kill a run after its first block, go on, and compare every byte with those of one go."""
+    rounded(model, folder / "whole", found, **kind)
+
+    def kill(done: int, _total: int, _note: str = "") -> None:
+        if done == 1:
+            raise KilledError
+
+    with State.open(folder / "work", {}) as state, pytest.raises(KilledError):
+        rounded(model, folder / "out", found, state=state, progress=kill, **kind)
+    with State.open(folder / "work", {}) as state:
+        rounded(model, folder / "out", found, state=state, **kind)
+    assert bytes_of(folder / "out") == bytes_of(folder / "whole")

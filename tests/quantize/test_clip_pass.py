@@ -21,8 +21,7 @@ from mbq_export.quantize.feedback import Samples
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.oracle import dequantized
 from mbq_export.schemes.w4a8 import quantize_activations
-from mbq_export.state import State
-from tests.quantize.seen import KilledError, bytes_of, class_weights, report, rounded, rows_of
+from tests.quantize.seen import check_resumed, class_weights, report, rounded, rows_of
 from tests.quantize.seen import samples as samples_of
 from tests.questions import tiny_model
 from tests.reference import clip as reference
@@ -172,19 +171,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     model = tiny_model()
     way = {"hessian": "plain", "asym": 0.0} if rounding == "gptq" else {}
     found, (name, size) = scales(model, rounding=rounding, **way), scheme
-    rounded(model, tmp_path / "whole", found, scheme=name, group_size=size)
-
-    def kill(done: int, _total: int, _note: str = "") -> None:
-        if done == 1:
-            raise KilledError
-
-    with State.open(tmp_path / "work", {}) as state, pytest.raises(KilledError):
-        rounded(
-            model, tmp_path / "out", found, scheme=name, group_size=size, state=state, progress=kill
-        )
-    with State.open(tmp_path / "work", {}) as state:
-        rounded(model, tmp_path / "out", found, scheme=name, group_size=size, state=state)
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    check_resumed(model, tmp_path, found, scheme=name, group_size=size)
 
 
 def test_classes_weigh_alike_without_ratios_and_with_few_bits(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from mbq_export.schemes.oracle import dequantized
 from mbq_export.schemes.w4a8 import quantize_activations
 from mbq_export.state import State
 from tests.quantize.seen import (
-    KilledError,
     bytes_of,
+    check_resumed,
     class_weights,
     report,
     rounded,
@@ -241,19 +241,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     model = tiny_model()
     found = scales(model, gptq_prefix=prefix)
     name, size = scheme
-    rounded(model, tmp_path / "whole", found, scheme=name, group_size=size)
-
-    def kill(done: int, _total: int, _note: str = "") -> None:
-        if done == 1:
-            raise KilledError
-
-    with State.open(tmp_path / "work", {}) as state, pytest.raises(KilledError):
-        rounded(
-            model, tmp_path / "out", found, scheme=name, group_size=size, state=state, progress=kill
-        )
-    with State.open(tmp_path / "work", {}) as state:
-        rounded(model, tmp_path / "out", found, scheme=name, group_size=size, state=state)
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    check_resumed(model, tmp_path, found, scheme=name, group_size=size)
 
 
 def test_finished_blocks_need_no_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
