@@ -2,7 +2,7 @@
 
 import typer
 
-from mbq_export.commands import number_options, options
+from mbq_export.commands import number_options, options, search_options
 from mbq_export.commands.console import Console
 from mbq_export.errors import UsageError, located
 
@@ -23,6 +23,15 @@ def command(
     asym: number_options.Asym = None,
     damp: number_options.Damp = None,
     import_scales: number_options.ImportScales = None,
+    stat: search_options.Stat = None,
+    loss: search_options.Loss = None,
+    grid: search_options.Grid = None,
+    gqa_o_scale: search_options.GqaOScale = None,
+    r_floor: search_options.RatioFloor = None,
+    tokens: search_options.Tokens = None,
+    search_prompt_weight: search_options.PromptWeight = None,
+    modality_weight: search_options.ModalityWeight = None,
+    sensitivity: search_options.Ratios = None,
     data: options.Data = None,
     samples: options.Samples = 128,
     text_only_ok: options.TextOnly = False,
@@ -57,8 +66,19 @@ def command(
             gptq_prefix=gptq_prefix,
             asym=asym,
             damp=damp,
+            **search_options.switches(
+                stat=stat,
+                loss=loss,
+                grid=grid,
+                gqa_o_scale=gqa_o_scale,
+                r_floor=r_floor,
+                tokens=tokens,
+                search_prompt_weight=search_prompt_weight,
+                modality_weight=modality_weight,
+            ),
         ),
         import_scales=import_scales,
+        sensitivity=sensitivity,
         data=data,
         samples=samples,
         targets=("cpu",),

@@ -55,6 +55,7 @@ def channel_scales(
         seed=plan.request.seed,
         facts=facts,
         text_only_ok=plan.request.text_only_ok,
+        sensitivity=plan.ratios,
     )
     return calibrate(model, inputs, recipe, state=state, progress=progress)
 

@@ -26,6 +26,7 @@ from mbq_export.native import available_memory
 from mbq_export.pipeline.levels import Level, engine_level
 from mbq_export.pipeline.plugins import EngineForm, engine_form
 from mbq_export.pipeline.published import needs_data, published_facts
+from mbq_export.pipeline.ratios import ratio_facts, ratios_of
 from mbq_export.pipeline.request import (
     BuildRequest,
     check_context,
@@ -78,6 +79,7 @@ class Plan:
         fingerprint: Whatever decides the result.
         kept: Bundle whose weights are taken as they are; None for a build from a model.
         foreign: The model as codes of another project, which are taken over; None for a model of numbers.
+        ratios: An edited sensitivity report, in place of a measurement; None to measure.
     """
 
     request: BuildRequest
@@ -94,6 +96,7 @@ class Plan:
     fingerprint: Mapping[str, object]
     kept: Bundle | None = None
     foreign: ForeignCheckpoint | None = None
+    ratios: Mapping[str, Any] | None = None
 
     @property
     def scheme_name(self) -> str:
@@ -223,6 +226,7 @@ def make_plan(request: BuildRequest) -> Plan:
         ),
         fingerprint={},
         foreign=foreign,
+        ratios=ratios_of(request, switches, family=family, text=text),
     )
     request.engines.check(plan.max_context, targets)
     request.engines.check_dtype(plan.lowering, scheme)
@@ -313,6 +317,7 @@ def fingerprint(plan: Plan, model: Mapping[str, object]) -> dict[str, object]:
             "group_size": plan.group_size,
             "switches": plan.switches.resolved(),
             **published_facts(request),
+            **ratio_facts(request),
         },
         "graphs": {
             "max_context": plan.max_context,

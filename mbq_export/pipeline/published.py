@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from mbq_export.calibrate.methods.base import OF_SEARCH
 from mbq_export.calibrate.published import Published, fold_difference
 from mbq_export.channel_scales import ChannelScales
 from mbq_export.errors import UsageError
@@ -27,7 +28,7 @@ def needs_data(request: BuildRequest, scheme: QuantScheme | None, switches: Swit
     """Whether anything looks at calibration data: a search, error feedback, or clipping.
 
     Raises:
-        UsageError: E2002 for data that nothing would look at, and for scales where nothing is rounded.
+        UsageError: E2002 for data or switches that nothing would look at, and for scales where nothing is rounded.
     """
     published = request.import_scales is not None
     if published and scheme is None:
@@ -37,6 +38,8 @@ def needs_data(request: BuildRequest, scheme: QuantScheme | None, switches: Swit
             why="the unquantized baseline has no scales",
             fix=("--wbits 3", "--wbits 4"),
         )
+    if published:
+        _refuse_search(request)
     if scheme is None or switches == SWITCHES:
         return False
     if not published or switches.looks_at_data:
@@ -49,6 +52,23 @@ def needs_data(request: BuildRequest, scheme: QuantScheme | None, switches: Swit
             fix=("leave out --data", "leave out --import-scales"),
         )
     return False
+
+
+def _refuse_search(request: BuildRequest) -> None:
+    """Refuse choices about the search that imported scales replace.
+
+    Raises:
+        UsageError: E2002.
+    """
+    searched = (*OF_SEARCH, "search_prompt_weight", "r_floor", "modality_weight")
+    for name in searched:
+        if name in request.replaced:
+            raise UsageError(
+                "E2002",
+                f"--{name.replace('_', '-')} decides nothing here.",
+                why="--import-scales replaces the search",
+                fix=(f"leave out --{name.replace('_', '-')}", "leave out --import-scales"),
+            )
 
 
 def published_facts(request: BuildRequest) -> dict[str, str]:

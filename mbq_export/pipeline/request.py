@@ -39,6 +39,7 @@ class BuildRequest:
         replaced: Switches of the preset that the user set.
         data: Calibration manifest, or None for the default of the shipped model.
         import_scales: Published channel scales that replace the search, or None.
+        sensitivity: An edited report that replaces the measured ratios, or None.
         samples: Calibration samples.
         targets: Devices, for example ``rtx4090:rtx``.
         lowering: Form of the decoder that engines are built from: ``plugin``, ``qdq`` or ``auto``.
@@ -73,6 +74,7 @@ class BuildRequest:
     replaced: Mapping[str, Any] = field(default_factory=dict)
     data: str | None = None
     import_scales: Path | None = None
+    sensitivity: Path | None = None
     samples: int = 128
     targets: tuple[str, ...] = ("auto",)
     lowering: str = "auto"

@@ -74,6 +74,27 @@ def test_method_without_gradients_says_so(model: Path, tmp_path: Path, method: s
     assert outcome.out.startswith(f"--method {method} asks for no gradients\nOK  calibrate  ")
 
 
+def test_switches_and_edited_ratios_reach_the_search(model: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    line = ("--stat", "answer", "--loss", "mse", "--grid", "20", "--gqa-o-scale", "--tokens", "64")
+    line = (*line, "--r-floor", "none", "--search-prompt-weight", "measured")
+    assert run("calibrate", "--model", model, *DATA, *line, "-o", first).status == 0
+    found = ChannelScales.read(first)
+    chosen = {"stat": "answer", "loss": "mse", "grid": "20", "gqa_o_scale": True, "tokens": 64}
+    chosen |= {"r_floor": "none", "search_prompt_weight": "measured"}
+    assert chosen.items() <= found.calib["switches"].items()
+    assert len(found.scales) == 8
+    report = json.loads((first / "sensitivity.json").read_text())
+    report["layers"][1]["r"]["mlp"] = 0.75
+    (tmp_path / "mine.json").write_text(json.dumps(report))
+    line = ("--sensitivity", tmp_path / "mine.json", "-o", again)
+    outcome = run("calibrate", "--model", model, *DATA, *line)
+    assert outcome.status == 0, outcome.err
+    found = ChannelScales.read(again)
+    assert (found.calib["ratios"], found.sensitivity["source"]) == ("user", "user")
+    assert found.calib["units"][-1]["r"] == 0.75
+
+
 def test_old_scales_are_replaced_only_when_asked(model: Path, tmp_path: Path) -> None:
     line = ("calibrate", "--model", model, *DATA, "-o", tmp_path / "scales")
     assert run(*line).status == 0
@@ -105,7 +126,10 @@ def test_the_work_of_a_build_in_the_same_place_is_kept(model: Path, tmp_path: Pa
     [
         (["--wbits", "16"], 2, "E2005", "--wbits 16 has nothing to calibrate."),
         (["--group-size", "48"], 2, "E2004", "w3a16 has no groups of 48."),
-        (["--method", "qvlm"], 2, "E2001", "Unknown method 'qvlm'."),
+        (["--method", "qvml"], 2, "E2001", "Unknown method 'qvml'."),
+        (["--stat", "median"], 2, "E2001", "Switch stat has the unknown value 'median'."),
+        (["--method", "rtn", "--loss", "mse"], 2, "E2002", "--loss decides nothing here."),
+        (["--sensitivity", "nope.json"], 4, "E4316", "nope.json"),
         (["--data", "nope.jsonl"], 4, "E4301", "There is no file 'nope.jsonl'"),
     ],
 )

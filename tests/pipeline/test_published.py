@@ -33,6 +33,13 @@ def test_published_scales_need_no_data() -> None:
         needs_data(asked, None, SEARCH)
 
 
+def test_scales_of_others_leave_no_search_to_choose_for() -> None:
+    asked = replace(REQUEST, import_scales=Path("s.safetensors"), replaced={"grid": "20"})
+    with pytest.raises(UsageError, match="--grid decides nothing here") as caught:
+        needs_data(asked, W3, SEARCH)
+    assert caught.value.code == "E2002"
+
+
 def test_fingerprint_knows_both_files(tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     path.write_bytes(b"a")

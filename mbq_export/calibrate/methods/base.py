@@ -26,6 +26,9 @@ PUBLISHED: Final[Mapping[str, object]] = {
 }
 """What ``--compat mbq`` fixes beside the quantizer's arithmetic (METHODS 2.5)."""
 
+OF_SEARCH: Final = ("stat", "loss", "grid", "gqa_o_scale", "prefix", "tokens")
+"""Switches that decide nothing unless candidates are tried."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
@@ -54,12 +57,14 @@ class Method:
         switches: The preset; options of the command line replace single fields.
         balanced: Whether the loss weighs token classes by the measured ratios r.
         scales: Looks at one unit and changes nothing; None leaves every unit as it is.
+        computed: Whether `scales` follows from the statistics, without candidates.
     """
 
     name: str
     switches: Switches
     balanced: bool
     scales: ScaleRule | None
+    computed: bool = False
 
     def needs_ratios(self, switches: Switches) -> bool:
         """Whether gradients must be measured for these switches, by the search or by error feedback."""
@@ -76,7 +81,9 @@ class Method:
             UsageError: E2001 for an unknown value, E2002 if a choice contradicts ``compat`` or decides nothing.
         """
         if chosen.get("compat") != "mbq":
-            return replaced(self.switches, chosen)
+            found = replaced(self.switches, chosen)
+            self._refuse_idle(chosen, found)
+            return found
         if self.switches.rounding != PUBLISHED["rounding"] or self.switches.stat == "max":
             raise UsageError(
                 "E2002",
@@ -92,7 +99,32 @@ class Method:
                     why=f"the published code uses {name} = {PUBLISHED[name]}",
                     fix=(f"leave {name} out", "leave --compat out"),
                 )
-        return replaced(self.switches, {**PUBLISHED, **chosen})
+        found = replaced(self.switches, {**PUBLISHED, **chosen})
+        self._refuse_idle(chosen, found)
+        return found
+
+    def _refuse_idle(self, chosen: Mapping[str, Any], found: Switches) -> None:
+        """Refuse choices about a search that is not made, and weights that nothing is weighed by.
+
+        Raises:
+            UsageError: E2002.
+        """
+        searches = self.scales is not None and not self.computed
+        idle = {} if searches else dict.fromkeys(OF_SEARCH, "searches no scale")
+        if not (searches and self.balanced):
+            idle["search_prompt_weight"] = "weighs no token class in a search"
+        if not self.needs_ratios(found):
+            idle |= dict.fromkeys(("r_floor", "modality_weight"), "weighs nothing by a ratio")
+        elif found.modality_weight is not None:
+            idle["r_floor"] = "with --modality-weight has one ratio for all layers"
+        for name, why in idle.items():
+            if name in chosen:
+                raise UsageError(
+                    "E2002",
+                    f"--{name.replace('_', '-')} decides nothing here.",
+                    why=f"--method {self.name} {why}",
+                    fix=(f"leave out --{name.replace('_', '-')}", "--method mbq"),
+                )
 
 
 def replaced(switches: Switches, chosen: Mapping[str, Any]) -> Switches:

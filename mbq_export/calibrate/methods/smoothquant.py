@@ -16,4 +16,5 @@ METHOD: Final = Method(
     ),
     balanced=False,
     scales=even_out,
+    computed=True,
 )

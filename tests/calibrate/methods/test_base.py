@@ -37,7 +37,7 @@ def test_a_method_lowers_no_unit_and_repeats_itself(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_switches_survive_the_artifact(name: str, tmp_path: Path) -> None:
-    switches = METHODS[name].resolve({"tokens": "all"})
+    switches = METHODS[name].resolve({"clip": "group"})
     scales = {"layers.0.qkv.e": np.ones(4, np.float32)}
     ChannelScales(scales=scales, sensitivity={}, calib={"switches": switches.resolved()}).write(
         tmp_path
@@ -73,13 +73,12 @@ def test_ratios_are_needed_where_something_is_weighed_by_them() -> None:
         ("mbq", "mixed", True),
         ("awq", "mixed", False),
         ("awq", "balanced", True),
-        ("rtn", "balanced", False),
-        ("gptq", "mixed", False),
         ("mbq+", "mixed", True),
-        ("smoothquant", "max", False),
     ):
         method = METHODS[name]
         assert method.needs_ratios(method.resolve({"stat": stat})) is needed
+    for name in ("rtn", "gptq", "smoothquant"):
+        assert not METHODS[name].needs_ratios(METHODS[name].switches)
 
 
 @pytest.mark.parametrize(("hessian", "needed"), [("plain", False), ("auto", True)])
@@ -101,6 +100,36 @@ def test_a_choice_that_decides_nothing_is_refused(chosen: dict[str, Any]) -> Non
         METHODS["mbq+"].resolve({"rounding": "nearest", **chosen})
     found = METHODS["mbq"].resolve({"rounding": "gptq", **chosen}).resolved()
     assert {name: found[name] for name in chosen} == chosen
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "smoothquant"])
+@pytest.mark.parametrize(
+    ("switch", "value"),
+    [
+        *(("stat", "answer"), ("loss", "mse"), ("grid", "20"), ("tokens", 64)),
+        *(("gqa_o_scale", True), ("prefix", "fp"), ("search_prompt_weight", "measured")),
+        *(("r_floor", "none"), ("modality_weight", 0.1)),
+    ],
+)
+def test_a_choice_about_a_search_that_is_not_made_is_refused(
+    name: str, switch: str, value: Any
+) -> None:
+    with pytest.raises(UsageError, match="decides nothing here") as caught:
+        METHODS[name].resolve({switch: value})
+    assert caught.value.code == "E2002"
+    assert str(caught.value.why).startswith(f"--method {name} ")
+    assert METHODS["mbq"].resolve({switch: value})
+
+
+def test_a_weight_that_nothing_is_weighed_by_is_refused() -> None:
+    for switch in ({"modality_weight": 0.1}, {"r_floor": 0.1}, {"search_prompt_weight": "0"}):
+        with pytest.raises(UsageError, match="decides nothing here"):
+            METHODS["awq"].resolve(switch)
+    assert METHODS["awq"].resolve({"stat": "balanced", "r_floor": 0.1}).r_floor == 0.1
+    assert METHODS["gptq"].resolve({"hessian": "balanced", "r_floor": 0.1}).r_floor == 0.1
+    with pytest.raises(UsageError, match="--r-floor decides nothing here") as caught:
+        METHODS["mbq"].resolve({"modality_weight": 0.1, "r_floor": 0.1})
+    assert "has one ratio for all layers" in str(caught.value.why)
 
 
 def test_compatibility_has_no_scale_without_a_search() -> None:
