@@ -27,6 +27,7 @@ from mbq_export.quantize.facts import (
     skipped_modules,
 )
 from mbq_export.quantize.feedback import Feedback, Samples
+from mbq_export.quantize.head import HeadFormat, finished_head, warn_of
 from mbq_export.quantize.write import write_checkpoint
 from mbq_export.writing import explained, partial_path, publish
 
@@ -53,6 +54,7 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
     group_size: int,
     out: Path,
     samples: Samples | None = None,
+    head: HeadFormat | None = None,
     state: State | None = None,
     progress: Progress = silent,
 ) -> QuantCheckpoint:
@@ -64,7 +66,8 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
         scheme: Number format; None keeps every linear as it is (the full-precision baseline).
         group_size: Columns that share a scale, or `CHANNEL`; ignored without a scheme.
         out: Folder to make; appears only when complete.
-        samples: What error feedback and clipping look at; not used without them.
+        samples: What error feedback and clipping look at, and a rounded head is judged by; not used without them.
+        head: Number format of the output head; None keeps it as it is. Goes with a scheme only.
         state: Finished blocks are kept in it and not done again. That it belongs to the same arguments is
             its opener's business. Without it they are kept in memory.
         progress: Called after each block.
@@ -85,23 +88,27 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
     _check_groups(model, rounding)
     _check_blocks(scales, len(stream))
     blocks = _blocks(
-        model, stream, scales, rounding, samples=samples, state=state, progress=progress
+        model, stream, scales, rounding, samples=samples, head=head, state=state, progress=progress
     )
     rest = _rest(model)
     check_finite(rest)
+    hashes = [*(block.sha256 for block in blocks[: len(stream)]), content_hash(rest)]
+    if head is not None:
+        rest.pop(f"{model.family.head}.weight", None)
+        warn_of(blocks[-1].linears[0])
     # A state usually lies where the output would be staged by itself.
     staged = state.stage(STAGE) if state else partial_path(out)
     write_checkpoint(
         staged,
         [*(block.tensors for block in blocks), {n: exact(t, model, n) for n, t in rest.items()}],
         info={
-            **model_facts(model, [*(block.sha256 for block in blocks), content_hash(rest)]),
+            **model_facts(model, hashes, head),
             **number_facts(rounding),
             "method": _method_facts(scales),
             "linears": [row for block in blocks for row in block.linears],
-            "skipped": skipped_modules(model, rounding),
+            "skipped": skipped_modules(model, rounding, head),
         },
-        config=config_with_quantization(model, rounding),
+        config=config_with_quantization(model, rounding, head),
         source=model.folder,
     )
     with explained(out):
@@ -117,15 +124,22 @@ def _blocks(  # noqa: PLR0913 - all that decides them, and who hears of it
     rounding: Rounding,
     *,
     samples: Samples | None,
+    head: HeadFormat | None,
     state: State | None,
     progress: Progress,
 ) -> list[QuantizedBlock]:
-    """All blocks; those of an earlier run are only passed, and only where a later one needs what they leave."""
-    depth = len(stream)
-    found = [_kept(state, index) for index in range(depth)]
-    last = max((index for index in range(depth) if found[index] is None), default=-1)
-    rounder: Rounder | None = None
+    """All blocks, and behind them the head if it becomes codes.
+
+    Those of an earlier run are only passed, and only where a later one needs what they leave.
+    """
+    depth, total = len(stream), len(stream) + (head is not None)
     switches = scales.switches
+    found = [_kept(state, index) for index in range(total)]
+    last = max((index for index in range(total) if found[index] is None), default=-1)
+    if last == depth and switches.rounding != "gptq":
+        # A head that is rounded to the nearest codes reads nothing.
+        last = max((index for index in range(depth) if found[index] is None), default=-1)
+    rounder: Rounder | None = None
     if rounding.scheme is not None and switches.looks_at_data and last >= 0:
         kind = Feedback if switches.rounding == "gptq" else ClipPass
         rounder = kind(
@@ -142,11 +156,18 @@ def _blocks(  # noqa: PLR0913 - all that decides them, and who hears of it
             block = kept
             if rounder is not None and index < last:
                 pass_block(model, stream, index, scales, kept, rounder=rounder)
+        elif index == depth:
+            assert head is not None  # there is one more than blocks
+            feedback = rounder if isinstance(rounder, Feedback) else None
+            made = finished_head(model, stream, head, feedback=feedback, samples=samples)
+            block = _saved(state, index, made)
         else:
-            made = quantize_block(model, stream, index, scales, rounding, rounder=rounder)
+            made = quantize_block(
+                model, stream, index, scales, rounding, rounder=rounder, onwards=index < last
+            )
             block = _saved(state, index, made)
         blocks.append(block)
-        progress(index + 1, depth, f"rel. error {block.error:.3g}")
+        progress(index + 1, total, f"rel. error {block.error:.3g}")
     return blocks
 
 

@@ -105,7 +105,7 @@ class QuantizedBlock:
         return max((row["error"]["weight"] for row in self.linears), default=0.0)
 
 
-def quantize_block(
+def quantize_block(  # noqa: PLR0913 - a block, all that decides it, and who reads on
     model: LoadedModel,
     stream: BlockStream,
     index: int,
@@ -113,6 +113,7 @@ def quantize_block(
     rounding: Rounding,
     *,
     rounder: Rounder | None = None,
+    onwards: bool = False,
 ) -> QuantizedBlock:
     """Fold a block's channel scales and round its linears, in float32 whatever the model's dtype.
 
@@ -123,6 +124,7 @@ def quantize_block(
         scales: Folded before rounding.
         rounding: Number format.
         rounder: Rounds for what linears read, not each weight by itself; must have passed the blocks before.
+        onwards: Let the rows of the rounder pass this block, because somebody reads them behind it.
 
     Raises:
         FormatError: E4110 or E4112 naming the tensor, E4314 for a scale that does not fit.
@@ -164,9 +166,9 @@ def quantize_block(
                         }
                     )
                     note_zeros(name, weight, codes)
-                tensors |= _packed(name, codes, rounding.scheme)
+                tensors |= packed_tensors(name, codes, rounding.scheme)
         tensors |= {name: exact(tensor, model, name) for name, tensor in folded.items()}
-        if rounder is not None and found is not None and index + 1 < len(stream):
+        if rounder is not None and found is not None and onwards:
             rounder.go_on(block, index, found.codes)
     return QuantizedBlock(tensors=tensors, linears=tuple(rows), sha256=digest)
 
@@ -290,7 +292,8 @@ def _rounded(weight: Tensor, rounding: Rounding, *, stored: torch.dtype) -> Code
     return Codes(codes=codes.codes, scales=scales, zeros=codes.zeros, clamped=codes.clamped)
 
 
-def _packed(name: str, codes: Codes, scheme: QuantScheme) -> dict[str, NDArray[Any]]:
+def packed_tensors(name: str, codes: Codes, scheme: QuantScheme) -> dict[str, NDArray[Any]]:
+    """What a checkpoint stores of a linear's weight, by full name."""
     words = pack(codes.codes.numpy(), bits=scheme.weight_bits)
     zeros = {} if scheme.symmetric else {f"{name}.zeros": codes.zeros.numpy()}
     return {
@@ -303,7 +306,7 @@ def _packed(name: str, codes: Codes, scheme: QuantScheme) -> dict[str, NDArray[A
 def _unpacked(
     tensors: Mapping[str, NDArray[Any]], row: Mapping[str, Any], scheme: QuantScheme
 ) -> Codes:
-    """Undo `_packed`."""
+    """Undo `packed_tensors`."""
     name = row["name"]
     scales = torch.from_numpy(np.array(tensors[f"{name}.scales"]))
     words = np.array(tensors[f"{name}.qweight"]).view(np.uint32)

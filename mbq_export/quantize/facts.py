@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mbq_export import __version__
 from mbq_export.checkpoint import CONFIG_FILE, KEPT, SCHEMA, SCHEMA_MAJOR, activation_of
@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 
     from mbq_export.families.base import LoadedModel
     from mbq_export.quantize.apply import Rounding
+    from mbq_export.quantize.head import HeadFormat
+
+TIED: Final = "tie_word_embeddings"
 
 
-def model_facts(model: LoadedModel, hashes: Sequence[str]) -> dict[str, Any]:
-    """Which model it is; ``hashes`` are those of all its weights."""
-    head = f"{model.family.head}.weight"
+def model_facts(
+    model: LoadedModel, hashes: Sequence[str], head: HeadFormat | None = None
+) -> dict[str, Any]:
+    """Which model it is; ``hashes`` are those of all its weights, ``head`` is the format of one that is codes."""
+    tied = model.text.tied_head and head is None
+    name = f"{model.family.head}.weight"
     return {
         "schema": f"{SCHEMA}@{SCHEMA_MAJOR}",
         "tool": {"name": "mbq-export", "version": __version__},
@@ -30,8 +36,14 @@ def model_facts(model: LoadedModel, hashes: Sequence[str]) -> dict[str, Any]:
             "config_sha256": sha256_of(model.folder / CONFIG_FILE),
             "source_sha256": hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
         },
-        "tied": {head: f"{model.family.embed}.weight"} if model.text.tied_head else {},
-        "lm_head": None,
+        "tied": {name: f"{model.family.embed}.weight"} if tied else {},
+        "lm_head": None
+        if head is None
+        else {
+            "scheme": head.scheme.name,
+            "group_size": head.group_size,
+            "untied": model.text.tied_head,
+        },
     }
 
 
@@ -52,13 +64,17 @@ def number_facts(rounding: Rounding) -> dict[str, Any]:
     }
 
 
-def skipped_modules(model: LoadedModel, rounding: Rounding) -> list[dict[str, Any]]:
+def skipped_modules(
+    model: LoadedModel, rounding: Rounding, head: HeadFormat | None = None
+) -> list[dict[str, Any]]:
     """Which matrices stay in floating point, by pattern, and why."""
     blocks = model.family.blocks
     counts: dict[str, int] = {}
     for name, module in model.module.named_modules():
         weight = getattr(module, "weight", None)
         if weight is None or weight.dim() < 2 or name.startswith(f"{blocks}."):
+            continue
+        if head is not None and name == model.family.head:
             continue
         top = ".".join(name.split(".")[:2])
         pattern = name if top == name or blocks.startswith(f"{top}.") else f"{top}.*"
@@ -70,12 +86,21 @@ def skipped_modules(model: LoadedModel, rounding: Rounding) -> list[dict[str, An
     return skipped
 
 
-def config_with_quantization(model: LoadedModel, rounding: Rounding) -> Mapping[str, Any]:
-    """The model's config.json with a ``quantization_config`` that other tools refuse by name."""
+def config_with_quantization(
+    model: LoadedModel, rounding: Rounding, head: HeadFormat | None = None
+) -> Mapping[str, Any]:
+    """The model's config.json with a ``quantization_config`` that other tools refuse by name.
+
+    A head of codes is no longer the embedding, so a config that ties them says so no longer.
+    """
     if rounding.scheme is None:
         return model.config
+    config = dict(model.config)
+    if head is not None and model.text.tied_head:
+        config[TIED] = False
+        config["text_config"] = {**config.get("text_config", {}), TIED: False}
     return {
-        **model.config,
+        **config,
         "quantization_config": {
             "quant_method": "mbq",
             "bits": rounding.scheme.weight_bits,
@@ -83,6 +108,8 @@ def config_with_quantization(model: LoadedModel, rounding: Rounding) -> Mapping[
             "sym": rounding.scheme.symmetric,
             "format": f"mbq-{LAYOUT.name}",
             "version": LAYOUT.version,
-            "modules_to_not_convert": [row["pattern"] for row in skipped_modules(model, rounding)],
+            "modules_to_not_convert": [
+                row["pattern"] for row in skipped_modules(model, rounding, head)
+            ],
         },
     }

@@ -23,7 +23,7 @@ from mbq_export.errors import UsageError, located
 from mbq_export.quantize.clip import SKIPPED, ClippedGrids, clip_facts
 from mbq_export.quantize.gptq import Rounded, factorise, retarget, round_linear
 from mbq_export.quantize.held_out import clearly_better, losses
-from mbq_export.quantize.streams import Streams, rows_multiplied, with_codes
+from mbq_export.quantize.streams import Pairs, Streams, rows_multiplied, with_codes
 from mbq_export.schemes.base import CHANNEL
 
 if TYPE_CHECKING:
@@ -162,6 +162,16 @@ class Feedback:
         for streams in (self._seen, self._held_out):
             streams.advance(self._stream, index, folded=block, rounded=rounded)
 
+    @property
+    def behind(self) -> Pairs:
+        """Samples with the rows that leave the block that was passed last."""
+        return self._seen.after
+
+    @property
+    def damp(self) -> float:
+        """Share of its mean diagonal that a Hessian is damped with."""
+        return float(self._switches.damp)
+
     def _rounded(
         self, block: nn.Module, index: int, way: Way, wanted: list[Tensor] | None
     ) -> RoundedBlock:
@@ -201,7 +211,7 @@ class Feedback:
             with located(linear):
                 if name not in factors:
                     hessian = gram.hessian(name)
-                    factors = {name: (hessian, factorise(hessian, damp=float(self._switches.damp)))}
+                    factors = {name: (hessian, factorise(hessian, damp=self.damp))}
                 hessian, factor = factors[name]
                 weight = block.get_parameter(f"{linear}.weight").detach()
                 if way.rho:
