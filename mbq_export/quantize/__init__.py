@@ -142,14 +142,7 @@ def _blocks(  # noqa: PLR0913 - all that decides them, and who hears of it
     rounder: Rounder | None = None
     if rounding.scheme is not None and switches.looks_at_data and last >= 0:
         kind = Feedback if switches.rounding == "gptq" else ClipPass
-        rounder = kind(
-            model,
-            stream,
-            scales,
-            samples,
-            scheme=rounding.scheme,
-            group_size=rounding.group_size,
-        )
+        rounder = kind(model, stream, scales, samples, rounding=rounding)
     blocks = []
     for index, kept in enumerate(found):
         if kept is not None:

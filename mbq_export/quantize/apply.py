@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mbq_export.blocks.fold import fold
 from mbq_export.errors import FormatError, located
+from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.affine import Codes, dequantize
 from mbq_export.schemes.affine import quantize as round_to_codes
 from mbq_export.schemes.base import CHANNEL
@@ -50,11 +51,20 @@ class Rounding:
         group_size: Columns that share a scale, or `CHANNEL`.
         compat: Use the published rule, in the dtype that the weight has in the model's files; symmetric schemes
             have the one rule.
+        units: Number formats of single units by layer and name, in place of `scheme`; activations and groups are alike
+            in all of them.
     """
 
     scheme: QuantScheme | None
     group_size: int
     compat: bool = False
+    units: Mapping[tuple[int, str], QuantScheme] = field(default_factory=dict)
+
+    def of(self, layer: int, unit: str) -> QuantScheme:
+        """Number format of the linears of a unit, where there is something to round."""
+        found = self.units.get((layer, unit), self.scheme)
+        assert found is not None  # the caller's condition
+        return found
 
 
 class RoundedLinears(Protocol):
@@ -73,8 +83,6 @@ class RoundedLinears(Protocol):
 
 class Rounder(Protocol):
     """Rounds blocks in their order by what their linears read: `feedback.Feedback`, `clip_pass.ClipPass`."""
-
-    scheme: QuantScheme
 
     def round(self, block: nn.Module, index: int) -> RoundedLinears:
         """Round the block after the one that was passed last."""
@@ -145,10 +153,12 @@ def quantize_block(  # noqa: PLR0913 - a block, all that decides it, and who rea
         if rounding.scheme is not None:
             for linear in family.linears:
                 name = f"{path}.{linear}"
+                scheme = rounding.of(index, _unit(model, linear))
                 weight = folded.pop(f"{name}.weight")
                 with located(name):
                     if found is None:
-                        codes = _rounded(weight, rounding, stored=_stored_dtype(model, name))
+                        stored = stored_dtype(model, name)
+                        codes = nearest_codes(weight, rounding, scheme=scheme, stored=stored)
                     else:
                         codes = found.codes[linear]
                     rows.append(
@@ -156,7 +166,7 @@ def quantize_block(  # noqa: PLR0913 - a block, all that decides it, and who rea
                             "name": name,
                             "n": weight.shape[0],
                             "k": weight.shape[1],
-                            "scheme": rounding.scheme.name,
+                            "scheme": scheme.name,
                             "group_size": rounding.group_size,
                             "bias": f"{name}.bias" in folded,
                             "alpha": _alpha(model, scales, index, linear),
@@ -166,7 +176,7 @@ def quantize_block(  # noqa: PLR0913 - a block, all that decides it, and who rea
                         }
                     )
                     note_zeros(name, weight, codes)
-                tensors |= packed_tensors(name, codes, rounding.scheme)
+                tensors |= packed_tensors(name, codes, scheme)
         tensors |= {name: exact(tensor, model, name) for name, tensor in folded.items()}
         if rounder is not None and found is not None and onwards:
             rounder.go_on(block, index, found.codes)
@@ -190,7 +200,7 @@ def pass_block(
     with stream.block(index) as block:
         _fold(model, block.float(), index, scales)
         codes = {
-            row["name"].removeprefix(f"{path}."): _unpacked(kept.tensors, row, rounder.scheme)
+            row["name"].removeprefix(f"{path}."): _unpacked(kept.tensors, row)
             for row in kept.linears
         }
         rounder.go_on(block, index, codes)
@@ -275,11 +285,23 @@ def note_zeros(name: str, weight: Tensor, codes: Codes) -> None:
         logger.warning("MBQ-W4111: %s: %s", name, counts)
 
 
-def _rounded(weight: Tensor, rounding: Rounding, *, stored: torch.dtype) -> Codes:
-    assert rounding.scheme is not None  # the caller's condition
+def nearest_codes(
+    weight: Tensor, rounding: Rounding, *, scheme: QuantScheme, stored: torch.dtype
+) -> Codes:
+    """Round a weight by itself, scales as they are stored.
+
+    Args:
+        weight: (N, K), finite.
+        rounding: Groups, and whose rule.
+        scheme: Number format of its unit.
+        stored: Dtype that the weight has in the model's files.
+
+    Raises:
+        FormatError: E4112 for a range that fp16 cannot hold.
+    """
     codes = round_to_codes(
-        weight.to(stored) if rounding.compat and not rounding.scheme.symmetric else weight,
-        scheme=rounding.scheme,
+        weight.to(stored) if rounding.compat and not scheme.symmetric else weight,
+        scheme=scheme,
         group_size=rounding.group_size,
         compat=rounding.compat,
     )
@@ -303,11 +325,9 @@ def packed_tensors(name: str, codes: Codes, scheme: QuantScheme) -> dict[str, ND
     }
 
 
-def _unpacked(
-    tensors: Mapping[str, NDArray[Any]], row: Mapping[str, Any], scheme: QuantScheme
-) -> Codes:
+def _unpacked(tensors: Mapping[str, NDArray[Any]], row: Mapping[str, Any]) -> Codes:
     """Undo `packed_tensors`."""
-    name = row["name"]
+    name, scheme = row["name"], SCHEMES[row["scheme"]]
     scales = torch.from_numpy(np.array(tensors[f"{name}.scales"]))
     words = np.array(tensors[f"{name}.qweight"]).view(np.uint32)
     return Codes(
@@ -320,15 +340,20 @@ def _unpacked(
     )
 
 
-def _stored_dtype(model: LoadedModel, linear: str) -> torch.dtype:
+def stored_dtype(model: LoadedModel, linear: str) -> torch.dtype:
+    """Dtype that the weight of a linear has in the model's files."""
     return _TORCH_DTYPES[model.weights.entry(f"{linear}.weight").dtype]
 
 
 def _alpha(model: LoadedModel, scales: ChannelScales, index: int, linear: str) -> float | None:
     """The exponent that the search chose for the unit of a linear, None if it was left as it is."""
-    unit = next((place.unit for place in model.family.smooth if linear in place.into), None)
+    unit = _unit(model, linear)
     for row in scales.calib.get("units", ()):
         if row["layer"] == index and row["unit"] == unit:
             alpha: float | None = row["alpha"]
             return alpha
     return None
+
+
+def _unit(model: LoadedModel, linear: str) -> str:
+    return next(place.unit for place in model.family.smooth if linear in place.into)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mbq_export.blocks.stream import BlockStream
     from mbq_export.channel_scales import ChannelScales
     from mbq_export.families.base import LoadedModel, Smooth
+    from mbq_export.quantize.apply import Rounding
     from mbq_export.quantize.feedback import Samples
     from mbq_export.schemes.affine import Codes
     from mbq_export.schemes.base import QuantScheme
@@ -58,8 +59,7 @@ class ClipPass:
         scales: ChannelScales,
         samples: Samples | None,
         *,
-        scheme: QuantScheme,
-        group_size: int,
+        rounding: Rounding,
     ) -> None:
         """Embed the samples.
 
@@ -74,9 +74,8 @@ class ClipPass:
                 fix=("--data calib.jsonl", "--clip none"),
             )
         self._model, self._stream = model, stream
-        self.scheme, self._group_size = scheme, group_size
+        self._rounding = rounding
         self._report = scales.sensitivity
-        self._hessian = weighing(scales.sensitivity, scheme)
         self._seen = Streams.begin(stream, samples.inputs, exact=True, moved=False)
 
     def round(self, block: nn.Module, index: int) -> ClippedBlock:
@@ -94,11 +93,13 @@ class ClipPass:
         facts: dict[str, dict[str, Any]] = {}
         for place in self._model.family.smooth:
             with located(f"{self._model.family.blocks}.{index}"), located(place.unit):
-                blocks = self._blocks(block, index, place)
+                scheme = self._rounding.of(index, place.unit)
+                blocks = self._blocks(block, index, place, scheme)
                 for linear in place.into:
                     weight = block.get_parameter(f"{linear}.weight").detach()
                     with located(linear):
-                        codes[linear], facts[linear] = self._rounded(weight, blocks.get(linear))
+                        found = self._rounded(weight, blocks.get(linear), scheme)
+                    codes[linear], facts[linear] = found
         return ClippedBlock(codes=codes, facts=facts)
 
     def go_on(self, block: nn.Module, index: int, codes: Mapping[str, Codes]) -> None:  # noqa: ARG002
@@ -111,21 +112,26 @@ class ClipPass:
         """
         self._seen.advance(self._stream, index, folded=block, rounded=block)
 
-    def _rounded(self, weight: Tensor, blocks: Tensor | None) -> tuple[Codes, dict[str, Any]]:
-        scheme, size = self.scheme, self._group_size
+    def _rounded(
+        self, weight: Tensor, blocks: Tensor | None, scheme: QuantScheme
+    ) -> tuple[Codes, dict[str, Any]]:
+        size = self._rounding.group_size
         if blocks is None:
             return quantize(weight, scheme=scheme, group_size=size), {}
         check_hessian(blocks)
         grids = ClippedGrids(blocks, scheme=scheme, channel=size == CHANNEL)
         codes = round_clipped(weight, grids, scheme=scheme, group_size=size)
-        return codes, {"clip": clip_facts(grids, self._hessian)}
+        return codes, {"clip": clip_facts(grids, weighing(self._report, scheme))}
 
-    def _blocks(self, block: nn.Module, index: int, place: Smooth) -> dict[str, Tensor]:
+    def _blocks(
+        self, block: nn.Module, index: int, place: Smooth, scheme: QuantScheme
+    ) -> dict[str, Tensor]:
         """Gram matrices inside groups, by linear of a unit; none for those that are not clipped."""
         clipped = [linear for linear in place.into if linear not in SKIPPED]
-        names, weights = weighings(self._report, index, clipped, alike=self._hessian == "plain")
+        alike = weighing(self._report, scheme) == "plain"
+        names, weights = weighings(self._report, index, clipped, alike=alike)
         columns = int(block.get_parameter(f"{place.into[0]}.weight").shape[1])
-        size = columns // self.scheme.groups_of(columns, self._group_size)
+        size = columns // scheme.groups_of(columns, self._rounding.group_size)
         gram = GroupGram(columns, weights, group_size=size)
         read = rows_read_by(
             place.into[0],
@@ -135,7 +141,7 @@ class ClipPass:
             batches=self._seen.before,
         )
         for batch, rows in zip(self._seen.batches, read, strict=True):
-            gram.add(rows_multiplied(rows, self.scheme), batch.classes)
+            gram.add(rows_multiplied(rows, scheme), batch.classes)
         return {linear: gram.diagonal_blocks(name) for linear, name in names.items()}
 
 

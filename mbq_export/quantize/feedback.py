@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mbq_export.channel_scales import ChannelScales
     from mbq_export.families.base import LoadedModel, Smooth
     from mbq_export.families.inputs import ModelInputs
+    from mbq_export.quantize.apply import Rounding
     from mbq_export.schemes.affine import Codes
     from mbq_export.schemes.base import QuantScheme
 
@@ -98,8 +99,7 @@ class Feedback:
         scales: ChannelScales,
         samples: Samples | None,
         *,
-        scheme: QuantScheme,
-        group_size: int,
+        rounding: Rounding,
     ) -> None:
         """Embed the samples.
 
@@ -107,7 +107,7 @@ class Feedback:
             UsageError: E2002 if classes are to be weighed and nothing was measured, E2018 without samples.
         """
         self._model, self._stream, self._scales = model, stream, scales
-        self.scheme, self._group_size = scheme, group_size
+        self._rounding = rounding
         self._switches = scales.switches
         self._chooses = "auto" in {self._switches.hessian, self._switches.asym}
         self._check(samples)
@@ -158,7 +158,7 @@ class Feedback:
             index: Its position.
             codes: What is stored of it, by linear relative to the block.
         """
-        rounded = with_codes(block, codes, scheme=self.scheme)
+        rounded = with_codes(block, codes, scheme=self._scheme)
         for streams in (self._seen, self._held_out):
             streams.advance(self._stream, index, folded=block, rounded=rounded)
 
@@ -184,7 +184,7 @@ class Feedback:
             with located(f"{path}.{index}"), located(place.unit):
                 found = self._unit(block, partly, index, place, way)
             these = {linear: rounded.codes for linear, (rounded, _) in found.items()}
-            with_codes(partly, these, scheme=self.scheme, into=True)
+            with_codes(partly, these, scheme=self._scheme, into=True)
             codes |= these
             facts |= {linear: _facts(*outcome, way) for linear, outcome in found.items()}
         held_out = None
@@ -204,6 +204,7 @@ class Feedback:
     ) -> dict[str, tuple[Rounded, float]]:
         """Round the linears of a unit: each with the damping that was used."""
         gram, names = self._gram(block, partly, index, place, way)
+        scheme = self._rounding.of(index, place.unit)
         factors = {}
         found = {}
         for linear in place.into:
@@ -220,22 +221,25 @@ class Feedback:
                     weight,
                     hessian,
                     factor,
-                    scheme=self.scheme,
-                    group_size=self._group_size,
-                    clipped=self._clipped(linear, gram, name),
+                    scheme=scheme,
+                    group_size=self._rounding.group_size,
+                    clipped=self._clipped(linear, gram, name, scheme),
                 )
             found[linear] = (rounded, factor.damp)
         return found
 
-    def _clipped(self, linear: str, gram: Gram, name: str) -> ClippedGrids | None:
+    def _clipped(
+        self, linear: str, gram: Gram, name: str, scheme: QuantScheme
+    ) -> ClippedGrids | None:
         """Grids that clip a linear, None for one that keeps its range."""
         if self._switches.clip == "none" or linear in SKIPPED:
             return None
-        size = gram.columns // self.scheme.groups_of(gram.columns, self._group_size)
+        group_size = self._rounding.group_size
+        size = gram.columns // scheme.groups_of(gram.columns, group_size)
         return ClippedGrids(
             gram.diagonal_blocks(name, size),
-            scheme=self.scheme,
-            channel=self._group_size == CHANNEL,
+            scheme=scheme,
+            channel=group_size == CHANNEL,
         )
 
     def _gram(
@@ -251,8 +255,14 @@ class Feedback:
         if way.rho:
             exact = rows_of(block=block, batches=self._seen.before)
         for batch, rows, target in zip(self._seen.batches, read, exact, strict=False):
-            gram.add(rows_multiplied(rows, self.scheme), batch.classes, target)
+            gram.add(rows_multiplied(rows, self._scheme), batch.classes, target)
         return gram, names
+
+    @property
+    def _scheme(self) -> QuantScheme:
+        """What units have that have no format of their own; activations are alike in all."""
+        assert self._rounding.scheme is not None  # there is something to round
+        return self._rounding.scheme
 
     @property
     def _report(self) -> Mapping[str, Any]:
