@@ -57,6 +57,7 @@ def command(
     wbits: number_options.WeightBits = None,
     scheme: number_options.Scheme = None,
     group_size: number_options.GroupSize = None,
+    lm_head_bits: number_options.HeadBits = 16,
     method: number_options.Method = "mbq",
     compat: number_options.Compat = "none",
     rounding: number_options.Rounding = None,
@@ -173,6 +174,7 @@ def command(
         weight_bits=wbits,
         scheme=scheme,
         group_size=number_options.group_size(group_size),
+        lm_head_bits=lm_head_bits,
         method=method,
         replaced=number_options.switches(
             compat,

@@ -35,6 +35,15 @@ GroupSize = Annotated[
         show_default=False,
     ),
 ]
+HeadBits = Annotated[
+    int,
+    typer.Option(
+        "--lm-head-bits",
+        rich_help_panel=PANEL,
+        help="Bits of the output head: 16 keeps it, 8 is one scale per row, 4 is groups of 128. A head that was the "
+        "embedding becomes a tensor of its own.",
+    ),
+]
 Method = Annotated[
     str,
     typer.Option(

@@ -39,6 +39,7 @@ def command(
             show_default=False,
         ),
     ] = None,
+    lm_head_bits: number_options.HeadBits = 16,
     rounding: number_options.Rounding = None,
     clip: number_options.Clip = None,
     hessian: number_options.Hessian = None,
@@ -84,6 +85,7 @@ def command(
             weight_bits=wbits,
             scheme=scheme,
             group_size=number_options.group_size(group_size),
+            lm_head_bits=lm_head_bits,
             replaced=chosen,
             data=data,
             targets=("cpu",),
@@ -99,16 +101,21 @@ def command(
     switches = replaced(found.switches, chosen)
     found = replace(found, calib={**found.calib, "switches": switches.resolved()})
     drawn = found.calib.get("data", {})
+    # A head is judged on data, if there is any.
+    looks = switches.looks_at_data or (
+        lm_head_bits != BuildRequest.lm_head_bits and data is not None
+    )
     request = BuildRequest(
         model=model,
         out=out,
         weight_bits=wbits,
         scheme=scheme or (found.calib.get("scheme") if wbits is None else None),
         group_size=number_options.group_size(group_size),
+        lm_head_bits=lm_head_bits,
         method=switches.method,
         replaced=chosen,
         # Plain nearest rounding looks at no data; what is named then only keeps the plan from asking for some.
-        data=data if switches.looks_at_data else "builtin:shapes",
+        data=data if looks else "builtin:shapes",
         samples=drawn.get("samples") or 128,
         targets=("cpu",),
         models=options.models_folder(),
@@ -130,7 +137,8 @@ def command(
             scheme=plan.scheme,
             group_size=plan.group_size,
             out=out,
-            samples=samples_of_scales(plan, loaded, found),
+            samples=samples_of_scales(plan, loaded, found) if looks else None,
+            head=plan.head,
             progress=progress,
         )
     _finish(console, plan, checkpoint)

@@ -150,12 +150,8 @@ class _Decoder:
         )
         dims: Dims = [ops.BATCH, rows, shape.vocab]
         direct = g.dtype == FLOAT
-        scores = self.matmul(
-            normed,
-            LM_HEAD,
-            self.family.head,
-            g.value(ops.LOGITS if direct else "lm_head.out", dims),
-        )
+        scores = g.value(ops.LOGITS if direct else "lm_head.out", dims)
+        self.multiply(normed, LM_HEAD, self.family.head, scores)
         if direct:
             return scores
         return g.op("Cast", [scores], g.value(ops.LOGITS, dims, dtype=FLOAT), to=FLOAT)
@@ -191,10 +187,7 @@ class _Decoder:
         out = ops.linear_output(layer, role)
         bias = self.biased(role)
         rows = self.g.value(f"{name}.rows" if bias else out, [*self.residual[:2], self.width(role)])
-        if module in self.checkpoint.linears:
-            self.packed(x, name, module, rows)
-        else:
-            self.matmul(x, name, module, rows)
+        self.multiply(x, name, module, rows)
         if not bias:
             return rows
         vector = self.plain(f"{name}.bias", f"{module}.bias", (self.width(role),))
@@ -217,11 +210,15 @@ class _Decoder:
             "up_proj": shape.intermediate,
         }.get(role, shape.hidden)
 
-    def packed(self, x: ir.Value, name: str, module: str, out: ir.Value) -> None:
-        source = weights.PackedSource.of(self.checkpoint, module)
-        self.g.append(packed_node(self.g.constant, x, name=name, source=source, out=out))
+    def multiply(self, x: ir.Value, name: str, module: str, out: ir.Value) -> None:
+        """By codes where the checkpoint has them, else by floats; a bias is the caller's."""
+        if module in self.checkpoint.records:
+            source = weights.PackedSource.of(self.checkpoint, module)
+            self.g.append(packed_node(self.g.constant, x, name=name, source=source, out=out))
+        else:
+            self.matmul(x, name, module, out)
 
-    def matmul(self, x: ir.Value, name: str, module: str, out: ir.Value) -> ir.Value:
+    def matmul(self, x: ir.Value, name: str, module: str, out: ir.Value) -> None:
         dims = (columns_of(x), columns_of(out))
         read = weights.tensor_reader(self.checkpoint, f"{module}.weight")
         weight = weights.transposed_tensor(f"{name}.weight", read, shape=dims, dtype=self.g.dtype)
@@ -229,7 +226,6 @@ class _Decoder:
         producer = result.producer()
         assert producer is not None
         producer.metadata_props[ops.SOURCE] = module
-        return result
 
     def plain(self, name: str, tensor: str, shape: tuple[int, ...]) -> ir.Value:
         read = weights.tensor_reader(self.checkpoint, tensor)

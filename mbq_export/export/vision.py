@@ -98,12 +98,18 @@ def halved(model: ir.Model, dtype: str) -> ir.Model:
 
 @dataclass(frozen=True, kw_only=True)
 class _TowerWeights(SourceWeights):
-    """A checkpoint as a loader sees it that leaves the decoder's blocks alone: packed linears are never read."""
+    """A checkpoint as a loader sees it that leaves the decoder's blocks alone.
+
+    What else is packed, the head, has no part in the tower: zeros that take no memory stand for it.
+    """
 
     checkpoint: QuantCheckpoint
 
     def read(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        tensor = torch.from_numpy(np.array(self.checkpoint.tensor(name)))
+        if name.removesuffix(".weight") in self.checkpoint.records:
+            tensor = torch.zeros(1, 1).expand(self.tensors[name].entry.shape)
+        else:
+            tensor = torch.from_numpy(np.array(self.checkpoint.tensor(name)))
         return tensor if dtype is None else tensor.to(dtype)
 
 

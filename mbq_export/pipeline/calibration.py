@@ -74,7 +74,8 @@ def samples_of_scales(plan: Plan, model: LoadedModel, scales: ChannelScales) -> 
     Raises:
         FormatError: E4315 if the plan's data is not that of the scales, E43xx for the data.
     """
-    if plan.scheme is None or plan.data is None or not scales.switches.looks_at_data:
+    looks = scales.switches.looks_at_data or plan.head is not None
+    if plan.scheme is None or plan.data is None or not looks:
         return None
     data, longest = plan.data, plan.text.max_positions
     inputs = encode(data.samples, model.processor, max_tokens=longest)

@@ -23,6 +23,7 @@ from mbq_export.export.lowerings import LOWERINGS
 from mbq_export.families.base import LoadedModel, ModelFamily, TextShape, linear_shapes
 from mbq_export.families.locate import ModelSource, family_of, locate, read_config
 from mbq_export.native import available_memory
+from mbq_export.pipeline.head import head_facts, head_of, head_row
 from mbq_export.pipeline.levels import Level, engine_level
 from mbq_export.pipeline.plugins import EngineForm, engine_form
 from mbq_export.pipeline.published import needs_data, published_facts
@@ -38,6 +39,7 @@ from mbq_export.pipeline.request import (
 )
 from mbq_export.pipeline.take_over import SWITCHES, decided_by, foreign_of
 from mbq_export.quantize.foreign import ForeignCheckpoint
+from mbq_export.quantize.head import HeadFormat
 from mbq_export.reading import sha256_of
 from mbq_export.schemes.base import CHANNEL, QuantScheme, group_name
 from mbq_export.schemes.layouts import LAYOUTS
@@ -114,6 +116,11 @@ class Plan:
         return group_size_of(self.request, self.scheme)
 
     @property
+    def head(self) -> HeadFormat | None:
+        """Format of the output head; None where it stays as it is."""
+        return head_of(self.request, self.text, self.scheme)
+
+    @property
     def lowering(self) -> str | None:
         """Form of the decoder that engines are built from; None if there are none to build."""
         return self.form.lowering
@@ -158,17 +165,18 @@ class Plan:
         if self.scheme is None:
             return [("everything", linears, "16", "baseline: --wbits 16")]
         group = self.group_size
-        bits = f"{self.scheme.bits_per_weight(group):.3f}"
+        bits = self.scheme.bits_per_weight(group)
         return [
             (
                 "decoder linears",
                 linears,
-                bits,
+                f"{bits:.3f}",
                 f"{self.scheme.name} {group_name(group)}, {self.switches.method}"
                 + (", scales of others" if self.request.import_scales else ""),
             ),
             ("vision tower, projector", 1, "16", "policy: small, and sensitive"),
-            ("token embedding, head", 2, "16", "policy: read once per token, or tied"),
+            ("token embedding", 1, "16", "policy: one row per token"),
+            head_row(self.head, self.text, block_bits=bits * self.quantized_weights),
             ("norms, biases", linears, "16", "policy: no matrices"),
         ]
 
@@ -197,6 +205,7 @@ def make_plan(request: BuildRequest) -> Plan:
     if scheme is not None:
         for _, k in linear_shapes(text).values():
             scheme.check_columns(k, group_size_of(request, scheme))
+    head_of(request, text, scheme)
     check_context(request, text, family.vision_shape(config))
     family.check(
         source.folder,
@@ -317,6 +326,7 @@ def fingerprint(plan: Plan, model: Mapping[str, object]) -> dict[str, object]:
             "group_size": plan.group_size,
             "switches": plan.switches.resolved(),
             **published_facts(request),
+            **head_facts(request),
             **ratio_facts(request),
         },
         "graphs": {

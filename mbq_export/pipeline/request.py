@@ -34,6 +34,7 @@ class BuildRequest:
         out: Bundle folder to make.
         weight_bits: 3, 4, or 16 for the unquantized baseline; None is 3, or what the scheme says.
         scheme: Says the same as ``weight_bits``, or None.
+        lm_head_bits: 16 keeps the output head, 8 or 4 make it codes of its own.
         group_size: Columns that share a scale, 0 for one scale per output channel; None takes the scheme's own.
         method: Name of a preset.
         replaced: Switches of the preset that the user set.
@@ -69,6 +70,7 @@ class BuildRequest:
     out: Path
     weight_bits: int | None = None
     scheme: str | None = None
+    lm_head_bits: int = 16
     group_size: int | None = None
     method: str = "mbq"
     replaced: Mapping[str, Any] = field(default_factory=dict)

@@ -53,6 +53,10 @@ def decided_by(request: BuildRequest, foreign: ForeignCheckpoint) -> BuildReques
         )
     if request.method != BuildRequest.method:
         _contradiction(foreign, f"--method {request.method}", "its codes are taken as they are")
+    if request.lm_head_bits != BuildRequest.lm_head_bits:
+        _contradiction(
+            foreign, f"--lm-head-bits {request.lm_head_bits}", "its head is taken as it is"
+        )
     if request.data is not None:
         _contradiction(foreign, f"--data {request.data}", "its codes are taken as they are")
     if request.import_scales is not None:
