@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from mbq_export.errors import FormatError, MachineError
 from mbq_export.schemes import SCHEMES
-from mbq_export.schemes.layouts import LAYOUTS
+from mbq_export.schemes.layouts.tiles import kernel_layout_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,7 +103,7 @@ class LinearCall:
         return LinearStruct(
             struct_size=ctypes.sizeof(LinearStruct),
             scheme=SCHEME_IDS[self.scheme],
-            layout_version=LAYOUTS[scheme.kernel_layout].version,
+            layout_version=kernel_layout_of(scheme).version,
             dtype=DTYPE_IDS[self.dtype],
             epilogue=EPILOGUE_IDS[self.epilogue],
             flags=0,

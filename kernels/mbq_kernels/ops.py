@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mbq_export.errors import MachineError
 from mbq_export.schemes import SCHEMES
+from mbq_export.schemes.integers import LARGEST_ACTIVATION, SMALLEST_ABSMAX
 from mbq_export.schemes.layouts.tiles import TILE_COLUMNS, TILE_ROWS, TiledWeight, padded, untile
-from mbq_export.schemes.w4a8 import LARGEST_ACTIVATION, SMALLEST_ABSMAX
 from mbq_kernels.library import ALIGNMENT, KernelLibrary, LinearCall
 from mbq_kernels.linear_checks import (
     NO_EPILOGUE,

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import CHANNEL, SMALLEST_SCALE, PackedWeight
+from mbq_export.schemes.integers import quantize_activations
 from mbq_export.schemes.layouts import dense
 from mbq_export.schemes.layouts.tiles import TiledWeight, tile
-from mbq_export.schemes.w4a8 import quantize_activations
 from mbq_kernels.comparison import Family, Tolerance, difference, tolerance_for
 
 Float = TypeVar("Float", np.float32, np.float64)

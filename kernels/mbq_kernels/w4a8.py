@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq_export.schemes.base import CHANNEL
+from mbq_export.schemes.integers import integer_linear
 from mbq_export.schemes.layouts.tiles import TiledWeight, untile
-from mbq_export.schemes.w4a8 import int8_linear
 from mbq_kernels import activations
 from mbq_kernels.base import Build, Kernel, checked_output, compute_capability, interpretable
 from mbq_kernels.configs import Gemm, Gemv, main_configs, select_config
@@ -174,7 +174,7 @@ def gemm(
 
 def oracle(x: Tensor, tiled: TiledWeight) -> Tensor:
     """Slow truth, exact integers: (M, N) in the dtype of x; per channel the only right bits."""
-    y = int8_linear(x.float().numpy(), untile(tiled))
+    y = integer_linear(x.float().numpy(), untile(tiled))
     return torch.from_numpy(y).to(x.dtype)
 
 

@@ -3,7 +3,7 @@
     x ── per token ──► xq, sx        y = (float32(sum of xq q) * s) * sx + bias
 
 Slow and obvious: integers travel in floats that hold every sum exactly. The scheme's numpy oracle
-(`schemes.w4a8.int8_linear`) is the same to the bit per channel, and in groups but for the order of a float64 sum.
+(`schemes.integers.integer_linear`) is the same to the bit per channel, and in groups but for the order of a float64 sum.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mbq_export.schemes.affine import LARGEST_ACTIVATION, quantize_per_token
+from mbq_export.schemes.affine import quantize_per_token
 from mbq_export.schemes.base import CHANNEL
-from mbq_export.schemes.w4a8 import signed_codes
+from mbq_export.schemes.integers import largest_activation, signed_codes
 
 if TYPE_CHECKING:
     from mbq_export.checkpoint import QuantCheckpoint
@@ -36,22 +36,25 @@ def round_activations(module: nn.Module, checkpoint: QuantCheckpoint) -> None:
     for record in checkpoint.records.values():
         if record.scheme.rounds_activations:
             parent, _, name = record.name.rpartition(".")
-            setattr(module.get_submodule(parent), name, Int8Linear(checkpoint.packed(record.name)))
+            packed, bits = checkpoint.packed(record.name), record.scheme.act_bits
+            setattr(module.get_submodule(parent), name, Int8Linear(packed, act_bits=bits))
 
 
 class Int8Linear(nn.Module):
-    """A packed linear with symmetric codes and activations of 8 bits, computed in float32."""
+    """A packed linear with symmetric codes and activations of up to 8 bits, computed in float32."""
 
-    def __init__(self, packed: PackedWeight) -> None:
+    def __init__(self, packed: PackedWeight, *, act_bits: int = 8) -> None:
         """Unpack a weight.
 
         Args:
             packed: N by K, symmetric, per channel or in groups.
+            act_bits: Width of an activation.
         """
         super().__init__()
+        self.act_bits = act_bits
         self.channel = packed.group_size == CHANNEL
         per_group = packed.k // packed.groups
-        largest = LARGEST_ACTIVATION * 2 ** (packed.bits - 1) * per_group
+        largest = largest_activation(act_bits) * 2 ** (packed.bits - 1) * per_group
         self.exact = torch.float32 if largest < EXACT_FLOAT32 else torch.float64
         codes = torch.from_numpy(signed_codes(packed)).reshape(packed.n, packed.groups, per_group)
         self.register_buffer("codes", codes.permute(1, 2, 0).to(self.exact).contiguous())
@@ -63,7 +66,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply (..., K) rows; (..., N) float32."""
         codes, scales = self.get_buffer("codes"), self.get_buffer("scales")
-        xq, sx = quantize_per_token(x)
+        xq, sx = quantize_per_token(x, bits=self.act_bits)
         groups, per_group, n = codes.shape
         rows = xq.reshape(-1, groups, per_group).transpose(0, 1).to(self.exact)
         sums = rows @ codes  # (G, M, N), exact

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mbq_export.blocks.fold import folds_safely
 from mbq_export.blocks.loss import class_totals, coefficients, token_counts, token_errors
@@ -145,11 +145,14 @@ def rounded(unit: UnitView, e: Tensor, *, compat: bool) -> dict[str, Tensor]:
 @contextmanager
 def rounded_inputs(unit: UnitView, e: Tensor) -> Iterator[None]:
     """Divide what the unit's linears read by e and round it per token, if the scheme rounds activations at all."""
+
+    def rounded_rows(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        rows = rounded_per_token(args[0].float() / e, bits=unit.scheme.act_bits)
+        return (rows.to(args[0].dtype),)
+
     with ExitStack() as hooks:
         for linear in unit.place.into if unit.scheme.rounds_activations else ():
-            handle = unit.block.get_submodule(linear).register_forward_pre_hook(
-                lambda _module, args: (rounded_per_token(args[0].float() / e).to(args[0].dtype),)
-            )
+            handle = unit.block.get_submodule(linear).register_forward_pre_hook(rounded_rows)
             hooks.callback(handle.remove)
         yield
 

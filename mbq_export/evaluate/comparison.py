@@ -28,8 +28,8 @@ from mbq_export.evaluate.taps import role_of, stream_values
 from mbq_export.export.ops import INPUTS_EMBEDS, LOGITS, linear_input, linear_output
 from mbq_export.families.base import ANSWER, PROMPT, TOKEN_CLASSES, VISION
 from mbq_export.report import Check
+from mbq_export.schemes.integers import quantize_activations
 from mbq_export.schemes.oracle import dequantized
-from mbq_export.schemes.w4a8 import quantize_activations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -187,7 +187,7 @@ def inputs_of(checkpoint: QuantCheckpoint, module: str, rows: Array) -> Array:
     record = checkpoint.records.get(module)
     if record is None or not record.scheme.rounds_activations:
         return rows
-    codes, scales = quantize_activations(rows)
+    codes, scales = quantize_activations(rows, bits=record.scheme.act_bits)
     return codes.astype(np.float64) * scales[:, None].astype(np.float64)
 
 

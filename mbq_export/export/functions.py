@@ -25,7 +25,7 @@ import onnx
 
 from mbq_export.errors import InternalError
 from mbq_export.export import ops
-from mbq_export.schemes.w4a8 import LARGEST_ACTIVATION, SMALLEST_ABSMAX
+from mbq_export.schemes.integers import LARGEST_ACTIVATION, SMALLEST_ABSMAX
 
 _HEAD: Final = """
 <domain: "{domain}", opset_import: ["" : {opset}], overload: "">

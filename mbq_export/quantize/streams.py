@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,17 +100,19 @@ def with_codes(
         with torch.no_grad():
             module.get_parameter("weight").copy_(dequantize(rounded))
         if scheme.rounds_activations:
-            module.register_forward_pre_hook(_round_rows)
+            module.register_forward_pre_hook(partial(_round_rows, bits=scheme.act_bits))
     return found
 
 
 def rows_multiplied(rows: Tensor, scheme: QuantScheme) -> Tensor:
     """What a kernel multiplies weights with, and errors are weighed by: rows rounded per token if the scheme does."""
-    return rounded_per_token(rows) if scheme.rounds_activations else rows
+    return rounded_per_token(rows, bits=scheme.act_bits) if scheme.rounds_activations else rows
 
 
-def _round_rows(_module: nn.Module, positional: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (rounded_per_token(positional[0]), *positional[1:])
+def _round_rows(
+    _module: nn.Module, positional: tuple[Tensor, ...], *, bits: int
+) -> tuple[Tensor, ...]:
+    return (rounded_per_token(positional[0], bits=bits), *positional[1:])
 
 
 def _widened(value: Any) -> Any:

@@ -7,5 +7,5 @@ SCHEMES = Folder(
     package=__name__,
     constant="SCHEME",
     kind=QuantScheme,
-    shared=frozenset({"base", "affine", "layouts", "oracle"}),
+    shared=frozenset({"base", "affine", "integers", "layouts", "oracle"}),
 )

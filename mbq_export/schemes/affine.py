@@ -9,11 +9,11 @@
 Symmetric schemes have no zero points; per channel the scale stays float32, in groups it is rounded to fp16 as above:
 
     s  = max(max |w|, 1e-5) / P    or    fp16(max(max |w| / P, 2**-14))      P = 2**(bits - 1) - 1
-    u  = clamp(rint(w / s), -P - 1, P) + P + 1
+    u  = clamp(rint(w / s), -P - 1, P) + P + 1                                 8 bits: -P .. P
 
 Activations that are rounded too have one scale per token (row), found while the model runs:
 
-    a = max(max |x|, 1e-5)    s = a / 127    q = rint(x / s)
+    a = max(max |x|, 1e-5)    s = a / P    q = rint(x / s)
 
 Computes in float32 whatever the input; rounding is half to even. The compatible rule of the published MBQ
 code (thu-nics/MBQ, ``pseudo_quantize_tensor``) leaves zero out of the range, takes the scale in the tensor's
@@ -27,11 +27,9 @@ from torch import Tensor
 
 from mbq_export.errors import FormatError
 from mbq_export.schemes.base import CHANNEL, SMALLEST_SCALE, QuantScheme
+from mbq_export.schemes.integers import SMALLEST_ABSMAX, largest_activation
 
 FP16_LARGEST = 65504.0
-SMALLEST_ABSMAX = 1e-5
-"""Keeps the float32 scale of a channel, or of a token, of zeros above 0."""
-LARGEST_ACTIVATION = 127
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +129,7 @@ def codes_on(grouped: Tensor, grid: Grid, *, scheme: QuantScheme) -> Tensor:
     """Nearest codes on a grid, whatever it was made of: (..., size) to (..., size) uint8."""
     steps = torch.round(grouped / grid.scales[..., None].to(grouped.dtype))
     moved = steps + grid.zeros[..., None].to(grouped.dtype)
-    return moved.clamp(0, scheme.largest_code).to(torch.uint8)
+    return moved.clamp(scheme.smallest_code, scheme.largest_code).to(torch.uint8)
 
 
 def dequantize(codes: Codes) -> Tensor:
@@ -142,23 +140,25 @@ def dequantize(codes: Codes) -> Tensor:
     return real.reshape(rows, columns)
 
 
-def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round rows as `w4a8.quantize_activations` does, which is the reference (FORMATS 1.4).
+def quantize_per_token(x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+    """Round rows as `integers.quantize_activations` does, which is the reference (FORMATS 1.4).
 
     Args:
         x: (..., K), any floating dtype.
+        bits: Width of a code.
 
     Returns:
-        (..., K) float32 integers in -127 .. 127, and (..., 1) float32 scales.
+        (..., K) float32 integers in -P .. P, and (..., 1) float32 scales.
     """
     wide = x.float()
-    scales = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ABSMAX) / LARGEST_ACTIVATION
+    largest = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ABSMAX)
+    scales = largest / largest_activation(bits)
     return torch.round(wide / scales), scales
 
 
-def rounded_per_token(x: Tensor) -> Tensor:
+def rounded_per_token(x: Tensor, *, bits: int) -> Tensor:
     """Rows (..., K) as integers times scale, in float32."""
-    codes, scales = quantize_per_token(x)
+    codes, scales = quantize_per_token(x, bits=bits)
     return codes * scales
 
 

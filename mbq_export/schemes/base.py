@@ -73,15 +73,16 @@ class QuantScheme:
 
     Attributes:
         name: The name users type, for example ``w3a16``.
-        number: Its number in the kernel library.
+        number: Its number in the kernel library, given also to formats that wait for a kernel.
         weight_bits: Width of a code.
         symmetric: True if there are no zero points.
         group_size: Default columns per scale.
         group_sizes: All it may have; `CHANNEL` stands for one scale per row.
         act_bits: Width of activations; 16 leaves them in the model's dtype.
         checkpoint_layout: Canonical bit placement on disk.
-        kernel_layout: Tile layout that the kernels read.
+        kernel_layout: Tile layout that the kernels read; None where there are none.
         linear_reference: Slow, obvious oracle: (M, K) activations and a packed weight to (M, N) float64.
+        smallest_code: Smallest code that rounding may choose. 1 leaves out the one that has no opposite.
         largest_k: Largest K whose integer sums fit 32 bits, None where kernels sum floats.
     """
 
@@ -92,9 +93,10 @@ class QuantScheme:
     group_size: int
     act_bits: int
     checkpoint_layout: str
-    kernel_layout: str
     linear_reference: LinearReference
+    kernel_layout: str | None = None
     group_sizes: tuple[int, ...] = GROUP_SIZES
+    smallest_code: int = 0
     largest_k: int | None = None
 
     @property

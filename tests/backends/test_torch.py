@@ -25,8 +25,8 @@ from mbq_export.export import ops
 from mbq_export.families.base import LoadedModel
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import CHANNEL
-from mbq_export.schemes.w4a8 import int8_linear
-from tests.schemes.test_w4a8 import weight_of
+from mbq_export.schemes.integers import integer_linear
+from tests.schemes.integer_weights import weight_of
 from tests.tiny import Tiny, load_tiny, tiny_checkpoint
 
 LINEAR_RELATIVE = 2e-6
@@ -87,7 +87,7 @@ def test_linears_that_round_activations_equal_the_oracle_to_the_bit(
         with torch.no_grad():
             y = oracle.module.get_submodule(name)(torch.from_numpy(x)).numpy()
         assert y.shape == (2, 9, packed.n)
-        flat = int8_linear(x.reshape(-1, packed.k), packed)
+        flat = integer_linear(x.reshape(-1, packed.k), packed)
         np.testing.assert_array_equal(y.reshape(-1, packed.n), flat)
     assert not any(parameter.requires_grad for parameter in oracle.module.parameters())
 
@@ -100,7 +100,7 @@ def test_wide_rows_are_summed_where_sums_are_exact() -> None:
     x = np.full((1, columns), 3.0, np.float32)
     x[0, 0] = 1.0  # an odd sum
     found = Int8Linear(weight)(torch.from_numpy(x)).numpy()
-    np.testing.assert_array_equal(found, int8_linear(x, weight))
+    np.testing.assert_array_equal(found, integer_linear(x, weight))
 
 
 def test_weights_are_exactly_code_minus_zero_times_scale(

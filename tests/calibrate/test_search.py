@@ -32,8 +32,8 @@ from mbq_export.errors import GateError
 from mbq_export.families.base import ANSWER, PROMPT, VISION
 from mbq_export.schemes.affine import dequantize, quantize, rounded_per_token
 from mbq_export.schemes.base import CHANNEL, PackedWeight
+from mbq_export.schemes.integers import integer_linear
 from mbq_export.schemes.layouts.dense import pack
-from mbq_export.schemes.w4a8 import int8_linear
 from tests.calibrate.views import RATIOS, views
 from tests.questions import questions, sample_model, tiny_model
 from tests.reference import published
@@ -366,7 +366,7 @@ def test_rounded_activations_are_scored_as_kernels_compute(
         packed, totals = packed_candidate(view, linear, e), torch.zeros(4, dtype=torch.float64)
         for call in view.calls():
             rows = (call.rows.float() / e).flatten(0, -2).numpy()
-            moved = torch.from_numpy(int8_linear(rows, packed)).reshape(call.output.shape)
+            moved = torch.from_numpy(integer_linear(rows, packed)).reshape(call.output.shape)
             errors = token_errors(call.output.float() - moved, loss=MBQ.loss)
             totals += class_totals(errors.flatten(), call.classes)
         assert float(found.values[place]) == pytest.approx(
@@ -377,7 +377,7 @@ def test_rounded_activations_are_scored_as_kernels_compute(
 @pytest.mark.parametrize("unit", ["qkv", "gate_up"])
 def test_all_linears_of_a_unit_read_the_same_rounded_rows(unit: str) -> None:
     view = seen(scheme="w4a8", group_size=CHANNEL)[unit]
-    calls = [replace(call, rows=rounded_per_token(call.rows)) for call in view.calls()]
+    calls = [replace(call, rows=rounded_per_token(call.rows, bits=8)) for call in view.calls()]
     weights_alone = replace(view.scheme, act_bits=16)
     by_hand = replace(view, scheme=weights_alone, calls=lambda: iter(calls))
     ones = [torch.ones(128)]

@@ -22,10 +22,10 @@ from mbq_export.families.base import ANSWER, PROMPT, VISION
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.affine import quantize
 from mbq_export.schemes.base import PackedWeight
+from mbq_export.schemes.integers import quantize_activations
 from mbq_export.schemes.layouts.dense import pack
 from mbq_export.schemes.oracle import dequantized
-from mbq_export.schemes.w4a8 import quantize_activations
-from tests.schemes.test_w4a8 import weight_of
+from tests.schemes.integer_weights import weight_of
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj")
 GROUP = 32

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mbq_export.schemes.base import PackedWeight
 from tests.export.one_linear import one_node
-from tests.schemes.test_w4a8 import random_q, weight_of
+from tests.schemes.integer_weights import random_q, weight_of
 
 
 def normal(rows: int, columns: int) -> NDArray[np.float32]:

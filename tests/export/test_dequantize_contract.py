@@ -12,7 +12,7 @@ from mbq_export.errors import FormatError
 from mbq_export.export.check import Limits, check_graph
 from mbq_export.export.save import save_graph
 from tests.export.one_linear import edit, one_node
-from tests.schemes.test_w4a8 import random_q, weight_of
+from tests.schemes.integer_weights import random_q, weight_of
 
 TRT = Limits(target="trt")
 

@@ -15,8 +15,8 @@ from mbq_export.errors import InternalError
 from mbq_export.evaluate.tolerances import OP_FP16, OP_FP32
 from mbq_export.export import functions, ops
 from mbq_export.schemes.base import CHANNEL, PackedWeight
+from mbq_export.schemes.integers import integer_linear
 from mbq_export.schemes.oracle import weight_only_linear
-from mbq_export.schemes.w4a8 import int8_linear
 from tests.export.one_linear import one_node, packed, random_packed, relative_error, run_on_ort
 from tests.export.rounded_linears import EACH, Rounded, lowered
 
@@ -162,7 +162,7 @@ def test_a_width_without_a_body_is_a_bug_of_ours() -> None:
 @EACH
 def test_body_equals_the_oracle_to_the_bit_on_two_runtimes(case: Rounded, tmp_path: Path) -> None:
     weight = case.weight(CHANNEL)
-    wanted = int8_linear(case.x, weight)
+    wanted = integer_linear(case.x, weight)
     model = lowered(weight, "reference")
     np.testing.assert_array_equal(evaluate(model, case.x), wanted)
     np.testing.assert_array_equal(run_on_ort(model, case.x, tmp_path), wanted)
@@ -171,7 +171,7 @@ def test_body_equals_the_oracle_to_the_bit_on_two_runtimes(case: Rounded, tmp_pa
 @EACH
 def test_body_in_groups_differs_by_the_order_of_the_last_sum(case: Rounded, tmp_path: Path) -> None:
     weight = case.weight(128)
-    wanted = int8_linear(case.x, weight)
+    wanted = integer_linear(case.x, weight)
     model = lowered(weight, "reference")
     assert relative_error(evaluate(model, case.x), wanted) <= GROUP_RELATIVE
     assert relative_error(run_on_ort(model, case.x, tmp_path), wanted) <= GROUP_RELATIVE

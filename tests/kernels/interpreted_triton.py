@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mbq_export.schemes.base import CHANNEL
-from mbq_export.schemes.w4a8 import quantize_activations
+from mbq_export.schemes.integers import quantize_activations
 from mbq_kernels import activations, w4a8, weight_only
 from mbq_kernels.base import SCHEMES_WITH_KERNELS, kernel_for
 from mbq_kernels.cases import DTYPES, adversarial_cases

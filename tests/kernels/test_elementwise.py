@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import CHANNEL, PackedWeight
+from mbq_export.schemes.integers import quantize_activations
 from mbq_export.schemes.layouts import dense
 from mbq_export.schemes.layouts.tiles import tile
 from mbq_export.schemes.oracle import dequantized
-from mbq_export.schemes.w4a8 import quantize_activations
 from mbq_kernels.cases import DTYPES, ragged_columns
 from mbq_kernels.library import SCHEME_IDS, DeviceStruct, LinearCall
 from mbq_kernels.testing import Case, Kind

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mbq_export.errors import MbqError
-from mbq_export.schemes.w4a8 import quantize_activations
+from mbq_export.schemes.integers import quantize_activations
 from mbq_kernels import ops
 from mbq_kernels.cases import DTYPES, epilogue_cases
 from mbq_kernels.comparison import Family

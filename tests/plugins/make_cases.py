@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from mbq_export.schemes import SCHEMES
-from mbq_export.schemes.layouts import LAYOUTS
+from mbq_export.schemes.layouts.tiles import kernel_layout_of
 from mbq_kernels.comparison import Family
 from mbq_kernels.testing import Case, Epilogue, Kind, Problem, assert_close
 
@@ -60,7 +60,7 @@ def write_case(problem: Problem, path: Path) -> Path:
         "K": case.k,
         "group_size": case.group_size,
         "bits": scheme.weight_bits,
-        "layout_version": LAYOUTS[scheme.kernel_layout].version,
+        "layout_version": kernel_layout_of(scheme).version,
         "has_bias": int(case.bias),
         "epilogue": EPILOGUES[case.epilogue],
         "act_bits": scheme.act_bits,

@@ -18,8 +18,8 @@ from mbq_export.export.ops import OPS
 from mbq_export.families.base import LoadedModel
 from mbq_export.quantize import quantize
 from mbq_export.schemes import SCHEMES
+from mbq_export.schemes.integers import signed_codes
 from mbq_export.schemes.oracle import dequantized
-from mbq_export.schemes.w4a8 import signed_codes
 from mbq_export.state import State
 from tests.tiny import Tiny, load_tiny, random_scales, tiny_checkpoint, write_tiny
 

@@ -19,8 +19,8 @@ from mbq_export.quantize.clip import SKIPPED
 from mbq_export.quantize.clip_pass import weighing
 from mbq_export.quantize.feedback import Samples
 from mbq_export.schemes import SCHEMES
+from mbq_export.schemes.integers import quantize_activations
 from mbq_export.schemes.oracle import dequantized
-from mbq_export.schemes.w4a8 import quantize_activations
 from tests.quantize.seen import check_resumed, class_weights, report, rounded, rows_of
 from tests.quantize.seen import samples as samples_of
 from tests.questions import tiny_model

@@ -20,8 +20,8 @@ from mbq_export.families.llava_onevision import load
 from mbq_export.quantize import quantize
 from mbq_export.quantize.feedback import Samples
 from mbq_export.schemes import SCHEMES
+from mbq_export.schemes.integers import quantize_activations
 from mbq_export.schemes.oracle import dequantized
-from mbq_export.schemes.w4a8 import quantize_activations
 from mbq_export.state import State
 from tests.quantize.seen import (
     bytes_of,

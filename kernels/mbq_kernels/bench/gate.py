@@ -20,9 +20,9 @@ from torch import Tensor
 
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import CHANNEL
+from mbq_export.schemes.integers import LARGEST_ACTIVATION, SMALLEST_ABSMAX
 from mbq_export.schemes.layouts import w3t, w4t
-from mbq_export.schemes.layouts.tiles import INT8_FACTOR, TILE_COLUMNS, TILE_ROWS
-from mbq_export.schemes.w4a8 import LARGEST_ACTIVATION, SMALLEST_ABSMAX
+from mbq_export.schemes.layouts.tiles import INT8_FACTOR, TILE_COLUMNS, TILE_ROWS, kernel_layout_of
 from mbq_kernels.bench.shapes import Shape
 from mbq_kernels.comparison import Tolerance, difference
 from mbq_kernels.weights import DeviceWeight
@@ -115,7 +115,7 @@ def integer_rows(weight: DeviceWeight, first: int, last: int) -> Tensor:
     tiles = weight.codes[first:last]
     words, shifts = (
         torch.from_numpy(places.reshape(-1, spec.weight_bits)).to(tiles.device)
-        for places in bit_places(spec.kernel_layout)
+        for places in bit_places(kernel_layout_of(spec).name)
     )
     codes = torch.zeros(*tiles.shape[:2], len(words), dtype=torch.int32, device=tiles.device)
     for bit in range(spec.weight_bits):

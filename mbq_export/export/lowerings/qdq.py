@@ -42,7 +42,7 @@ from mbq_export.export.graph import FLOAT, add_constant, packed_nodes, packed_so
 from mbq_export.export.lowerings.base import Lowering
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import CHANNEL, QuantScheme
-from mbq_export.schemes.w4a8 import LARGEST_ACTIVATION, SMALLEST_ABSMAX
+from mbq_export.schemes.integers import LARGEST_ACTIVATION, SMALLEST_ABSMAX
 
 if TYPE_CHECKING:
     from mbq_export.export.weights import PackedSource

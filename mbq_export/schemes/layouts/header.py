@@ -90,7 +90,9 @@ def _version() -> int:
 
 
 def _schemes() -> Iterator[str]:
-    for scheme in sorted(SCHEMES.members().values(), key=lambda scheme: scheme.number):
+    """Those that kernels read."""
+    members = [scheme for scheme in SCHEMES.members().values() if scheme.kernel_layout is not None]
+    for scheme in sorted(members, key=lambda scheme: scheme.number):
         yield _enum(
             f"Scheme {scheme.name}. GROUPS: sum of its group sizes; CHANNEL: 1 if it may have one scale per output.",
             _scheme(scheme),

@@ -16,10 +16,11 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mbq_export.errors import FormatError
+from mbq_export.errors import FormatError, UsageError
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import CHANNEL, PackedWeight, QuantScheme, check_packed
 from mbq_export.schemes.layouts import LAYOUTS, dense
+from mbq_export.schemes.layouts.base import Layout
 
 TILE_ROWS: Final = 16
 TILE_COLUMNS: Final = 128
@@ -150,6 +151,23 @@ class TiledWeight:
         return self.codes.nbytes + self.scales.nbytes + zeros
 
 
+def kernel_layout_of(scheme: QuantScheme) -> Layout:
+    """The tiles that kernels of a scheme read.
+
+    Raises:
+        UsageError: E2006 if it has none.
+    """
+    if scheme.kernel_layout is None:
+        with_kernels = [each.name for each in SCHEMES.members().values() if each.kernel_layout]
+        raise UsageError(
+            "E2006",
+            f"No kernel multiplies weights of {scheme.name}.",
+            why=f"kernels and plugins exist for {', '.join(with_kernels)}",
+            fix=("--lowering qdq: standard operators", "--backend oracle, or ort", "--scheme w4a8"),
+        )
+    return LAYOUTS[scheme.kernel_layout]
+
+
 def tile(weight: PackedWeight, *, scheme: QuantScheme) -> TiledWeight:
     """Lay a weight out as the kernels of its scheme read it.
 
@@ -159,10 +177,11 @@ def tile(weight: PackedWeight, *, scheme: QuantScheme) -> TiledWeight:
 
     Raises:
         FormatError: E4102 or E4411 if the weight is not one of this scheme, or K is no multiple of 8.
-        UsageError: E2004 for a group size that the scheme does not have, E2007 if K overflows int32 sums.
+        UsageError: E2004 for a group size that the scheme does not have, E2007 if K overflows int32 sums, E2006 if no
+            kernel reads the scheme.
     """
+    layout = kernel_layout_of(scheme)
     _check(weight, scheme)
-    layout = LAYOUTS[scheme.kernel_layout]
     columns = padded(weight.k, TILE_COLUMNS)
     # A signed nibble is the two's complement of u - middle, so that the padding's 0 means 0 in every scheme.
     flip = np.uint8(scheme.middle if scheme.symmetric else 0)
@@ -192,7 +211,7 @@ def untile(tiled: TiledWeight) -> PackedWeight:
         FormatError: E4102 for words of a wrong shape.
     """
     scheme = SCHEMES[tiled.scheme]
-    layout = LAYOUTS[scheme.kernel_layout]
+    layout = kernel_layout_of(scheme)
     columns = padded(tiled.k, TILE_COLUMNS)
     codes = layout.unpack(tiled.codes.view(np.uint32), bits=scheme.weight_bits, columns=columns)
     codes = codes[: tiled.n, : tiled.k] ^ np.uint8(scheme.middle if scheme.symmetric else 0)

@@ -18,13 +18,13 @@ from mbq_export.export.profile import OPSET23
 from mbq_export.export.save import save_graph
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import CHANNEL
+from mbq_export.schemes.integers import integer_linear, quantize_activations
 from mbq_export.schemes.oracle import dequantized, weight_only_linear
-from mbq_export.schemes.w4a8 import int8_linear, quantize_activations
 from mbq_export.tensor_file import BFLOAT16
 from tests.export.one_linear import one_node, packed, random_packed, relative_error, run_on_ort
 from tests.export.rounded_linears import EACH, Rounded, codes, lowered
 from tests.export.test_functions import CASES, Case, normal
-from tests.schemes.test_w4a8 import weight_of
+from tests.schemes.integer_weights import weight_of
 
 RNG = np.random.default_rng(11)
 BFLOAT16_ULP: Final = 2**-8
@@ -125,7 +125,7 @@ def test_schemes_that_it_cannot_hold_are_refused_with_the_reason() -> None:
 def test_standard_form_equals_the_oracle_to_the_bit(case: Rounded, tmp_path: Path) -> None:
     weight = case.weight(CHANNEL)
     found = run_on_ort(lowered(weight, "qdq"), case.x, tmp_path)
-    np.testing.assert_array_equal(found, int8_linear(case.x, weight))
+    np.testing.assert_array_equal(found, integer_linear(case.x, weight))
 
 
 @EACH
@@ -135,7 +135,7 @@ def test_form_for_tensorrt_says_the_same_to_a_runtime_that_multiplies_in_floats(
     """ONNX Runtime multiplies INT4 codes by their scale before it sums."""
     weight = case.weight(CHANNEL)
     found = run_on_ort(lowered(weight, "qdq", target="trt"), case.x, tmp_path)
-    assert relative_error(found, int8_linear(case.x, weight)) <= OP_FP32
+    assert relative_error(found, integer_linear(case.x, weight)) <= OP_FP32
 
 
 @pytest.mark.parametrize(("target", "kind"), [("ort", "INT8"), ("trt", "INT4")])
@@ -204,7 +204,7 @@ def test_half_precision_rounds_the_result_alone(
     weight, x = case.weight(CHANNEL), case.x.astype(np.float16)
     found = run_on_ort(lowered(weight, lowering, dtype="fp16"), x, tmp_path)
     with np.errstate(over="ignore"):
-        np.testing.assert_array_equal(found, int8_linear(x, weight).astype(np.float16))
+        np.testing.assert_array_equal(found, integer_linear(x, weight).astype(np.float16))
 
 
 def with_float_ports(model: ir.Model) -> ir.Model:
@@ -233,7 +233,7 @@ def test_bfloat16_rounds_the_result_of_rounded_activations_alone(
     """ONNX Runtime multiplies INT4 codes by their scale before it sums: results may fall on the other side of a tie."""
     weight, x = case.weight(CHANNEL), case.x.astype(BFLOAT16).astype(np.float32)
     model = with_float_ports(lowered(weight, "qdq", target="trt", dtype="bf16"))
-    exact = int8_linear(x, weight)
+    exact = integer_linear(x, weight)
     found = run_on_ort(model, x, tmp_path)
     assert (found == found.astype(BFLOAT16)).all()
     assert relative_error(found, exact) <= BFLOAT16_ULP

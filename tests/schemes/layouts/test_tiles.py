@@ -29,9 +29,8 @@ from tests.schemes.layouts.one_tile import FILLS, MODEL_COLUMNS, golden_tile
 
 PAGE: Final = Path(__file__).parents[3] / "docs" / "formats" / "tiles.md"
 PLACES: Final = {"w3a16": w3t.place_of, "w4a16": w4t.place_of, "w4a8": w4t.place_of}
-GROUPED: Final = [
-    (name, size) for name, scheme in SCHEMES.members().items() for size in scheme.group_sizes
-]
+WITH_KERNELS: Final = [name for name, each in SCHEMES.members().items() if each.kernel_layout]
+GROUPED: Final = [(name, size) for name in WITH_KERNELS for size in SCHEMES[name].group_sizes]
 
 
 def weight_of(
@@ -160,7 +159,7 @@ def test_untile_returns_the_weight(
 
 @pytest.mark.parametrize("k", MODEL_COLUMNS)
 @pytest.mark.parametrize("n", [16, 40])
-@pytest.mark.parametrize("scheme", SCHEMES.names())
+@pytest.mark.parametrize("scheme", WITH_KERNELS)
 def test_the_widths_of_real_models_come_back(scheme: str, n: int, k: int) -> None:
     weight = weight_of(scheme, n=n, k=k)
     tiled = tile(weight, scheme=SCHEMES[scheme])
@@ -326,7 +325,7 @@ def test_concatenated_parts_follow_each_other(bias: bool) -> None:
     np.testing.assert_array_equal(tile(found, scheme=SCHEMES["w3a16"]).codes, np.concatenate(apart))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.names())
+@pytest.mark.parametrize("scheme", WITH_KERNELS)
 def test_interleaved_rows_alternate_by_sixteen(scheme: str) -> None:
     gate, up = (weight_of(scheme, n=48, k=128, seed=seed, bias=True) for seed in (1, 2))
     found = fused([gate, up], row_order="interleave16")
@@ -365,3 +364,11 @@ def test_parts_of_two_widths_or_with_one_bias_are_refused() -> None:
         fused([narrow, wide])
     with pytest.raises(FormatError, match="only some have a bias"):
         fused([narrow, weight_of("w3a16", n=16, k=128, bias=True)])
+
+
+def test_a_format_without_a_kernel_is_refused_with_what_runs_it() -> None:
+    with pytest.raises(UsageError, match="No kernel multiplies weights of w8a8") as caught:
+        tile(weight_of("w8a8", n=16, k=128), scheme=SCHEMES["w8a8"])
+    assert caught.value.code == "E2006"
+    assert caught.value.why == f"kernels and plugins exist for {', '.join(WITH_KERNELS)}"
+    assert caught.value.fix[0] == "--lowering qdq: standard operators"
