@@ -178,19 +178,47 @@ def answer_logits(
     Returns:
         Logits (B, T, vocabulary) at the places of the text tokens, and the rows.
     """
+    hidden, rows = _hidden(model, scenes, states, encode)
+    return model.lm_head(hidden[:, -rows.tokens.shape[1] :]), rows
+
+
+def all_logits(
+    model: Any, scenes: Sequence[Sequence[Question]], states: Tensor, encode: Encode
+) -> tuple[Tensor, Tensor, Rows]:
+    """Run packed questions through the decoder and look at the picture's places too.
+
+    Args:
+        model: As in `answer_logits`.
+        scenes: As there.
+        states: As there.
+        encode: As there.
+
+    Returns:
+        Logits (B, V, vocabulary) at the vision tokens, which see each other only; those of `answer_logits`; the rows.
+    """
+    hidden, rows = _hidden(model, scenes, states, encode)
+    logits = model.lm_head(hidden)
+    start = hidden.shape[1] - rows.tokens.shape[1]
+    return logits[:, :start], logits[:, start:], rows
+
+
+def _hidden(
+    model: Any, scenes: Sequence[Sequence[Question]], states: Tensor, encode: Encode
+) -> tuple[Tensor, Rows]:
+    """What the decoder leaves at every place, (B, V + T, hidden), and the rows."""
     picture = image_embeddings(model, states)
     batch, vision_tokens = picture.shape[:2]
     rows = pack(scenes, encode, vision_tokens=vision_tokens)
     decoder = model.model.language_model
     text = decoder.embed_tokens(rows.tokens).to(picture.dtype)
     positions = torch.arange(vision_tokens).expand(batch, vision_tokens)
-    hidden = decoder(
+    hidden: Tensor = decoder(
         inputs_embeds=torch.cat([picture, text], 1),
         attention_mask=attention_mask(rows.segments, vision_tokens=vision_tokens),
         position_ids=torch.cat([positions, rows.positions], 1),
         use_cache=False,
     ).last_hidden_state
-    return model.lm_head(hidden[:, vision_tokens:]), rows
+    return hidden, rows
 
 
 @torch.no_grad()

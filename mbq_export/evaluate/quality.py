@@ -3,6 +3,8 @@
     scenes ── vision tower (once) ──► states ──┬── full precision ──► logits, kept
                                                └── quantized ───────► logits ──► answers, KL per modality
 
+One pass gives the logits of text and picture: vision tokens see each other only.
+
 Trust KL more than accuracy: it separates methods where accuracy is saturated. A position belongs
 to the modality of the token it stands on, except that those which predict an answer token are the answer's.
 Captions are shown to the models but not counted.
@@ -10,6 +12,7 @@ Captions are shown to the models but not counted.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,9 +28,9 @@ from mbq_export.evaluate.packed import (
     Encode,
     Outcome,
     Rows,
-    answer_logits,
-    image_embeddings,
+    all_logits,
     outcomes_of,
+    pack,
     pixels_from_images,
     vision_states,
 )
@@ -82,11 +85,19 @@ class Paper:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sheet:
-    """A batch of scenes with what full precision says at their positions."""
+    """A batch of scenes with what full precision says at their positions.
+
+    Attributes:
+        scenes: Of about the same number of tokens, so that little is padded.
+        places: (B,) of each scene in the exam.
+        states: (B, 36, width) of the vision tower.
+        text: (B, T, vocabulary) logits.
+        picture: (B, V, vocabulary) logits.
+    """
 
     scenes: tuple[Scene, ...]
+    places: NDArray[np.int64]
     states: Tensor
-    rows: Rows
     text: Tensor
     picture: Tensor
 
@@ -106,22 +117,20 @@ class Exam:
             batch: Pictures at a time.
         """
         self._encode = encode
+        tokens = [pack([s.questions], encode, vision_tokens=0).tokens.shape[1] for s in scenes]
+        by_length = np.argsort(tokens, kind="stable")
         self._sheets = [
-            self._sheet(model, tuple(scenes[start : start + batch]))
+            self._sheet(model, scenes, by_length[start : start + batch])
             for start in range(0, len(scenes), batch)
         ]
 
     @torch.no_grad()
-    def _sheet(self, model: Any, scenes: tuple[Scene, ...]) -> _Sheet:
+    def _sheet(self, model: Any, exam: Sequence[Scene], places: NDArray[np.int64]) -> _Sheet:
+        scenes = tuple(exam[place] for place in places)
         states = vision_states(model, pixels_from_images(np.stack([s.image for s in scenes])))
-        text, rows = answer_logits(model, [s.questions for s in scenes], states, self._encode)
-        return _Sheet(
-            scenes=scenes,
-            states=states,
-            rows=rows,
-            text=text,
-            picture=picture_logits(model, states),
-        )
+        asked = [scene.questions for scene in scenes]
+        picture, text, _ = all_logits(model, asked, states, self._encode)
+        return _Sheet(scenes=scenes, places=places, states=states, text=text, picture=picture)
 
     @torch.no_grad()
     def take(self, model: Any) -> Paper:
@@ -130,38 +139,51 @@ class Exam:
         Args:
             model: A model with the same vision tower; a quantized decoder, or the reference itself.
         """
-        outcomes: list[Outcome] = []
-        parts: dict[str, list[tuple[Tensor, Tensor, NDArray[np.int64]]]] = {
-            modality: [] for modality in MODALITIES
-        }
+        outcomes: dict[int, list[Outcome]] = defaultdict(list)
+        parts: dict[str, list[_Part]] = {modality: [] for modality in MODALITIES}
         for sheet in self._sheets:
             asked = [scene.questions for scene in sheet.scenes]
-            text, rows = answer_logits(model, asked, sheet.states, self._encode)
-            outcomes += outcomes_of(sheet.scenes, text, rows)
-            picture = picture_logits(model, sheet.states)
+            picture, text, rows = all_logits(model, asked, sheet.states, self._encode)
+            place_of = {
+                scene.number: int(p) for scene, p in zip(sheet.scenes, sheet.places, strict=True)
+            }
+            for outcome in outcomes_of(sheet.scenes, text, rows):
+                outcomes[place_of[outcome.scene]].append(outcome)
             numbers = np.array([scene.number for scene in sheet.scenes])
             masks = text_masks(sheet.scenes, rows)
-            for modality, mask in masks.items():
-                rows_of = np.repeat(numbers, mask.sum(1).numpy())
-                parts[modality].append((sheet.text[mask], text[mask], rows_of))
-            parts[VISION].append(
-                (
-                    sheet.picture.flatten(0, 1),
-                    picture.flatten(0, 1),
-                    np.repeat(numbers, picture.shape[1]),
+            for modality, reference, tested, mask in (
+                (ANSWER, sheet.text, text, masks[ANSWER]),
+                (PROMPT, sheet.text, text, masks[PROMPT]),
+                (VISION, sheet.picture, picture, torch.ones(picture.shape[:2], dtype=torch.bool)),
+            ):
+                owner = np.repeat(np.arange(len(numbers)), mask.sum(1).numpy())
+                parts[modality].append(
+                    _Part(
+                        reference=reference[mask],
+                        tested=tested[mask],
+                        scenes=numbers[owner],
+                        places=sheet.places[owner],
+                    )
                 )
-            )
-        return _paper(outcomes, {modality: _distances(found) for modality, found in parts.items()})
+        in_order = [outcome for place in sorted(outcomes) for outcome in outcomes[place]]
+        return _paper(in_order, {modality: _distances(found) for modality, found in parts.items()})
 
 
-@torch.no_grad()
-def picture_logits(model: Any, states: Tensor) -> Tensor:
-    """Return the logits at the vision tokens, which see each other only: (B, vision tokens, vocabulary)."""
-    hidden = model.model.language_model(
-        inputs_embeds=image_embeddings(model, states), use_cache=False
-    ).last_hidden_state
-    logits: Tensor = model.lm_head(hidden)
-    return logits
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """Positions of one modality in one sheet.
+
+    Attributes:
+        reference: (P, vocabulary) logits.
+        tested: Likewise.
+        scenes: (P,) number of the scene.
+        places: (P,) place of the scene in the exam.
+    """
+
+    reference: Tensor
+    tested: Tensor
+    scenes: NDArray[np.int64]
+    places: NDArray[np.int64]
 
 
 def text_masks(scenes: Sequence[Scene], rows: Rows) -> dict[str, Tensor]:
@@ -188,13 +210,15 @@ def text_masks(scenes: Sequence[Scene], rows: Rows) -> dict[str, Tensor]:
     }
 
 
-def _distances(found: Sequence[tuple[Tensor, Tensor, NDArray[np.int64]]]) -> Distances:
-    reference = torch.cat([part[0] for part in found]).numpy()
-    tested = torch.cat([part[1] for part in found]).numpy()
+def _distances(found: Sequence[_Part]) -> Distances:
+    """Compare all positions, in the order of the exam."""
+    order = np.argsort(np.concatenate([part.places for part in found]), kind="stable")
+    reference = torch.cat([part.reference for part in found]).numpy()[order]
+    tested = torch.cat([part.tested for part in found]).numpy()[order]
     return Distances(
         nats=divergences(reference, tested),
         same=reference.argmax(-1) == tested.argmax(-1),
-        scenes=np.concatenate([part[2] for part in found]),
+        scenes=np.concatenate([part.scenes for part in found])[order],
     )
 
 
