@@ -75,7 +75,7 @@ Clip = Annotated[
         "--clip",
         rich_help_panel=PANEL,
         help="group: shrink each group's range where that lowers its weighed rounding error on the calibration data; "
-        "none. Default: none.",
+        "none. Default: group for awq, else none.",
         show_default=False,
     ),
 ]

@@ -182,6 +182,7 @@ def test_gradients_are_measured_for_feedback_that_weighs_classes(
         ("gptq", (*DATA, "--asym", "half"), 2, "E2003", "neither a number nor auto", ""),
         ("mbq", (*DATA, "--clip", "row"), 2, "E2001", "Switch clip", "--clip with"),
         ("rtn", ("--clip", "group"), 2, "E2018", "--method rtn needs calibration data", "--data"),
+        ("awq", (), 2, "E2018", "--method awq needs calibration data", "--data"),
     ],
 )
 def test_feedback_that_cannot_be_is_refused_with_what_mends_it(

@@ -99,7 +99,7 @@ class Method:
                     why=f"the published code uses {name} = {PUBLISHED[name]}",
                     fix=(f"leave {name} out", "leave --compat out"),
                 )
-        found = replaced(self.switches, {**PUBLISHED, **chosen})
+        found = replaced(self.switches, {"clip": "none", **PUBLISHED, **chosen})
         self._refuse_idle(chosen, found)
         return found
 

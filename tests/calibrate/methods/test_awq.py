@@ -1,4 +1,4 @@
-"""The baseline: squared error, every real token alike, 20 points, no clipping unless asked for."""
+"""The baseline: squared error, every real token alike, 20 points, then clipping for what tokens weigh alike."""
 
 from dataclasses import replace
 
@@ -13,9 +13,10 @@ from tests.questions import questions, tiny_model
 EVERY = replace(METHOD.switches, tokens="all")
 
 
-def test_the_preset_is_the_published_search_without_clipping() -> None:
+def test_the_preset_is_the_published_search_and_clipping() -> None:
     found = METHOD.switches
-    assert (found.loss, found.grid, found.stat, found.clip) == ("mse", "20", "mixed", "none")
+    assert (found.loss, found.grid, found.stat, found.clip) == ("mse", "20", "mixed", "group")
+    assert METHOD.resolve({"clip": "none"}).clip == "none"
     assert not METHOD.balanced
     assert not found.gqa_o_scale
 

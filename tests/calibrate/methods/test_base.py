@@ -151,9 +151,10 @@ def test_the_published_arithmetic_does_not_clip() -> None:
         METHODS["mbq"].resolve({"compat": "mbq", "clip": "group"})
     assert caught.value.code == "E2002"
     assert METHODS["mbq"].resolve({"compat": "mbq", "clip": "none"}).clip == "none"
+    assert METHODS["awq"].resolve({"compat": "mbq"}).clip == "none"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_method_clips_unless_asked_to(name: str) -> None:
-    assert METHODS[name].resolve({}).clip == "none"
+def test_no_method_but_awq_clips_unless_asked_to(name: str) -> None:
+    assert METHODS[name].resolve({}).clip == ("group" if name == "awq" else "none")
     assert METHODS[name].resolve({"clip": "group"}).clip == "group"
