@@ -19,6 +19,7 @@ from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.families import FAMILIES
 from mbq_export.families.base import LoadedModel
 from mbq_export.quantize import quantize
+from mbq_export.quantize.head import head_format
 from mbq_export.schemes import SCHEMES
 
 SAMPLE_WEIGHTS = Path(__file__).parents[1] / "samples" / "tiny_vlm" / "weights"
@@ -103,7 +104,12 @@ def random_scales(model: LoadedModel, *, seed: int = 0) -> ChannelScales:
 
 
 def tiny_checkpoint(
-    folder: Path, model: LoadedModel, *, scheme: str | None = "w3a16", group_size: int = 64
+    folder: Path,
+    model: LoadedModel,
+    *,
+    scheme: str | None = "w3a16",
+    group_size: int = 64,
+    head_bits: int = 16,
 ) -> QuantCheckpoint:
     """Quantize with `random_scales` into ``folder``; without a scheme nothing is rounded."""
     return quantize(
@@ -112,6 +118,7 @@ def tiny_checkpoint(
         scheme=None if scheme is None else SCHEMES[scheme],
         group_size=group_size,
         out=folder,
+        head=head_format(head_bits, model.text.hidden),
     )
 
 

@@ -80,12 +80,12 @@ def graph_step(record: Mapping[str, Any], shape: TextShape, *, limit: int) -> St
 def packed_step(checkpoint: QuantCheckpoint, family: ModelFamily, shape: TextShape) -> StepBytes:
     """Count what a step costs kernels that read the checkpoint's own bits.
 
-    Quantized linears take `QuantScheme.bits_per_weight`; norms, biases and the head take 16 bits.
+    Quantized linears take `QuantScheme.bits_per_weight`; norms, biases and a head of numbers take 16 bits.
     """
     records = checkpoint.records.values()
     bits = sum(r.n * r.k * r.scheme.bits_per_weight(r.group_size) for r in records)
     biases = sum(r.n for r in records if r.bias)
-    head = family.embed if shape.tied_head else family.head
+    head = family.embed if checkpoint.tied else family.head
     read = tuple(f"{path}." for path in (family.blocks, family.final_norm, head))
     plain = sum(
         math.prod(checkpoint.files[name].entries[name].shape)

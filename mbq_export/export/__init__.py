@@ -62,9 +62,11 @@ if TYPE_CHECKING:
 
     from mbq_export.checkpoint import QuantCheckpoint
     from mbq_export.families.base import ModelFamily
+    from mbq_export.schemes.base import QuantScheme
 
 __all__ = [
     "PREFERRED",
+    "SCHEMES",
     "ExportRecord",
     "GraphForm",
     "Limits",
@@ -154,31 +156,11 @@ def check_forms(checkpoint: QuantCheckpoint, forms: tuple[GraphForm, ...], *, lo
                 fix=f"--max-context {longest}",
             )
         profile_for(form)
-        lowering = LOWERINGS[form.lowering]
-        reason, scheme = None, None
-        if checkpoint.scheme_name != KEPT:
-            scheme = SCHEMES[checkpoint.scheme_name]
-            reason = lowering.supports(scheme, form.target)
-            lowering.check_group(scheme, checkpoint.group_size)
-        if reason is not None:
-            raise UsageError(
-                "E2002",
-                f"Lowering {form.lowering} cannot hold {checkpoint.scheme_name}: {reason}.",
-                why="a lowering has a form for some schemes and targets only",
-                fix="choose another --lowering",
-            )
-        misfit = lowering.misfit(scheme, form.target, form.dtype)
-        if misfit is not None:
-            raise UsageError(
-                "E2002",
-                f"Lowering {form.lowering} is not written in {form.dtype}.",
-                why=misfit,
-                fix=tuple(
-                    f"--dtype {dtype}"
-                    for dtype in lowering.dtypes
-                    if lowering.misfit(scheme, form.target, dtype) is None
-                ),
-            )
+        kinds = {(record.scheme, record.group_size) for record in checkpoint.records.values()}
+        for scheme, group_size in sorted(kinds, key=lambda kind: (kind[0].name, kind[1])):
+            _check_scheme(form, scheme, group_size)
+        if not kinds:
+            _check_dtype(form, None)
     names = [form.file_name for form in forms]
     if len(set(names)) < len(names):
         raise UsageError(
@@ -186,6 +168,46 @@ def check_forms(checkpoint: QuantCheckpoint, forms: tuple[GraphForm, ...], *, lo
             f"Two graphs would have the same file name: {', '.join(names)}.",
             why="the name tells lowering, target and dtype, but not cache form and logits",
             fix="ask for one of them",
+        )
+
+
+def _check_scheme(form: GraphForm, scheme: QuantScheme, group_size: int) -> None:
+    """Refuse a form that cannot hold linears of a number format.
+
+    Raises:
+        UsageError: E2002, E2006.
+    """
+    lowering = LOWERINGS[form.lowering]
+    reason = lowering.supports(scheme, form.target)
+    lowering.check_group(scheme, group_size)
+    if reason is not None:
+        raise UsageError(
+            "E2002",
+            f"Lowering {form.lowering} cannot hold {scheme.name}: {reason}.",
+            why="a lowering has a form for some schemes and targets only",
+            fix="choose another --lowering",
+        )
+    _check_dtype(form, scheme)
+
+
+def _check_dtype(form: GraphForm, scheme: QuantScheme | None) -> None:
+    """Refuse a type that a form of a number format, None for plain linears, is not written in.
+
+    Raises:
+        UsageError: E2002.
+    """
+    lowering = LOWERINGS[form.lowering]
+    misfit = lowering.misfit(scheme, form.target, form.dtype)
+    if misfit is not None:
+        raise UsageError(
+            "E2002",
+            f"Lowering {form.lowering} is not written in {form.dtype}.",
+            why=misfit,
+            fix=tuple(
+                f"--dtype {dtype}"
+                for dtype in lowering.dtypes
+                if lowering.misfit(scheme, form.target, dtype) is None
+            ),
         )
 
 

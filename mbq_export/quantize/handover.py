@@ -89,6 +89,13 @@ def check_holds(checkpoint: QuantCheckpoint, form: ForeignFormat) -> None:
     Raises:
         UsageError: E2006.
     """
+    if checkpoint.info.get("lm_head") is not None:
+        raise UsageError(
+            "E2006",
+            f"{form.name} cannot hold this checkpoint: its output head is codes.",
+            why="engines that read the format expect a head of numbers",
+            fix=("quantize with --lm-head-bits 16", "--to onnx"),
+        )
     kinds = {(record.scheme.name, record.group_size) for record in checkpoint.records.values()}
     wanted = (checkpoint.scheme_name, checkpoint.group_size)
     if checkpoint.scheme_name not in form.schemes or kinds != {wanted}:

@@ -12,7 +12,7 @@ from mbq_export.evaluate.roofline import Roofline, StepBytes, graph_step, packed
 from mbq_export.families.base import LoadedModel
 from mbq_export.runtime import DECODER, graph_record
 from tests.runtime.bundles import rounded_bundle
-from tests.tiny import load_tiny
+from tests.tiny import load_tiny, tiny_checkpoint
 
 STEP = StepBytes(counting="graph", weights=900, embedding=50, kv_per_position=5)
 
@@ -95,6 +95,19 @@ def test_packed_bits_are_those_of_the_scheme_and_the_rest_in_halves(
     norms = (2 * text.layers + 1) * wide
     halves = biases + norms + text.vocab * wide
     assert step.weights == int(weights * bits / 8) + 2 * halves
+
+
+def test_a_head_of_codes_is_read_instead_of_the_embedding(
+    model: LoadedModel, tmp_path: Path
+) -> None:
+    text = model.text
+    steps = [
+        packed_step(tiny_checkpoint(tmp_path / str(bits), model, head_bits=bits), model.family, text)
+        for bits in (16, 4)
+    ]
+    weights = text.vocab * text.hidden
+    saved = weights * 2 - weights * (4 + 20 / 128) / 8
+    assert steps[0].weights - steps[1].weights == pytest.approx(saved, abs=1)
 
 
 def test_the_packed_count_is_below_the_graphs(bundle: Bundle, model: LoadedModel) -> None:

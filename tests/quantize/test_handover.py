@@ -50,6 +50,15 @@ def test_folder_holds_what_an_engine_needs(
     assert config["model_type"] == "llava_onevision"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_head_of_codes_is_refused(model: LoadedModel, tmp_path: Path, name: str) -> None:
+    headed = tiny_checkpoint(tmp_path / "c", model, scheme="w4a16", group_size=128, head_bits=4)
+    with pytest.raises(UsageError, match="its output head is codes") as caught:
+        hand_over(headed, FORMATS[name], tmp_path / "out")
+    assert caught.value.code == "E2006"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("name", "kind"), [("awq", AwqConfig), ("gptq", GPTQConfig)])
 def test_transformers_reads_the_settings(
     checkpoint: QuantCheckpoint, tmp_path: Path, name: str, kind: type
