@@ -10,6 +10,7 @@ folder with config.json       model as transformers saves it
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -32,6 +33,7 @@ from mbq_export.families.locate import family_of, read_config
 from mbq_export.progress import Progress, silent
 from mbq_export.reading import read_json, safetensors_header
 from mbq_export.runtime import RECORD
+from mbq_export.schemes.base import group_name
 
 
 class _Reader(Protocol):
@@ -83,6 +85,7 @@ def _bundle(path: Path, *, verify: bool, progress: Progress) -> Description:
         "family": source["family"],
         "scheme": quant["scheme"]["name"],
         "method": quant["method"]["name"],
+        "head": head_name(quant.get("lm_head")),
         "files": len(files),
         "bytes": sum(record["bytes"] for record in files),
         "gates": f"{sum(bool(gate.get('pass')) for gate in gates)} of {len(gates)} passed",
@@ -169,6 +172,14 @@ def _layer_tables(root: Path) -> list[Table]:
     return tables
 
 
+def head_name(head: Mapping[str, Any] | None) -> str:
+    """Number format of an output head, as `mbq.json` says it."""
+    if head is None:
+        return "16 bits"
+    untied = ", no longer the embedding" if head.get("untied") else ""
+    return f"{head['scheme']} {group_name(head['group_size'])}{untied}"
+
+
 def _checkpoint(path: Path, *, verify: bool, progress: Progress) -> Description:
     checkpoint = QuantCheckpoint.open(path, verify=verify)
     progress(1, 1, CHECKPOINT_FILE)
@@ -177,6 +188,7 @@ def _checkpoint(path: Path, *, verify: bool, progress: Progress) -> Description:
         "scheme": checkpoint.scheme_name,
         "group size": checkpoint.group_size,
         "method": checkpoint.info.get("method", {}).get("name"),
+        "head": head_name(checkpoint.info.get("lm_head")),
         "quantized linears": len(checkpoint.linears),
         "quantized weights": sum(record["n"] * record["k"] for record in linears),
         "kept tensors": len(checkpoint.tensors),

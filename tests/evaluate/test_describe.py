@@ -8,6 +8,7 @@ import pytest
 
 from mbq_export.evaluate.describe import describe
 from tests.evaluate.bundles import tiny_bundle
+from tests.tiny import load_tiny, tiny_checkpoint
 
 NODE = "layers.0.o_proj"
 
@@ -47,6 +48,15 @@ def test_engine_shows_how_many_plugins_were_found_of_those_planned(bundle: Path)
         ("rtx-1.7/sm89/decoder", 9, 2, "1 of 1 W3Linear"),
         ("rtx-1.7/sm89/vision", 1, 0, "-"),
     ]
+
+
+def test_the_format_of_a_head_is_named(tmp_path: Path) -> None:
+    tied = load_tiny(tmp_path / "model")
+    names = [
+        describe(tiny_checkpoint(tmp_path / str(bits), tied, head_bits=bits).folder).facts["head"]
+        for bits in (16, 4)
+    ]
+    assert names == ["16 bits", "w4a16 g128, no longer the embedding"]
 
 
 def test_row_of_a_plugin_has_its_operators_name(bundle: Path) -> None:

@@ -75,6 +75,12 @@ def test_fingerprint_ignores_the_place_and_follows_the_options(request_: BuildRe
         ),
         ({"model": "llava-ov-8b"}, "E2001", "Unknown model 'llava-ov-8b'."),
         ({"model": "llava-ov-7b"}, "E3014", "The model llava-ov-7b is not on this machine."),
+        ({"lm_head_bits": 5}, "E2001", "Unknown --lm-head-bits 5."),
+        (
+            {"weight_bits": 16, "lm_head_bits": 4},
+            "E2002",
+            "--lm-head-bits 4 contradicts --wbits 16.",
+        ),
         ({"gate": "off"}, "E2002", "--gate off has no reason."),
         ({"gate": "maybe", "gate_reason": "x"}, "E2001", "Unknown gate 'maybe'."),
         ({"targets": ("orin:rtx",)}, "E2012", "rtx cannot build engines for orin (sm87)."),
@@ -105,6 +111,22 @@ def test_groups_are_those_of_the_scheme_unless_named(request_: BuildRequest) -> 
     channels = make_plan(replace(request_, weight_bits=None, scheme="w4a8", group_size=None))
     assert (channels.group_size, channels.with_qdq) == (CHANNEL, True)
     assert channels.table()[0][2:] == ("4.000", "w4a8 channel, mbq")
+
+
+def test_the_head_s_bytes_are_told_beside_those_of_a_token(request_: BuildRequest) -> None:
+    plain, coded = (make_plan(replace(request_, lm_head_bits=bits)) for bits in (16, 4))
+    text = plain.text
+    head, blocks = (
+        text.vocab * text.hidden,
+        plain.quantized_weights * (3 + 20 / plain.group_size) / 8,
+    )
+    rows = [next(row for row in plan.table() if row[0] == "head") for plan in (plain, coded)]
+    share = [size / (size + blocks) for size in (2 * head, head * (4 + 20 / 128) / 8)]
+    assert rows[0][1:3] == (1, "16")
+    assert f"{share[0]:.0%} of a token's bytes, {share[1]:.0%} with --lm-head-bits 4" in rows[0][3]
+    assert rows[1][1:3] == (1, "4.156")
+    assert rows[1][3].startswith("w4a16 g128, ")
+    assert plain.fingerprint != coded.fingerprint
 
 
 def test_groups_without_a_qdq_form_are_planned_for_the_reference_alone(

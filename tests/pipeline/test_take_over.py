@@ -50,6 +50,7 @@ def test_what_agrees_with_the_folder_may_be_said(request_: BuildRequest) -> None
         ({"scheme": "w3a16"}, "--scheme w3a16"),
         ({"group_size": 128}, "--group-size 128"),
         ({"group_size": 0}, "--group-size channel"),
+        ({"lm_head_bits": 4}, "--lm-head-bits 4"),
         ({"method": "rtn"}, "--method rtn"),
         ({"data": "builtin:shapes"}, "--data builtin:shapes"),
         ({"replaced": {"compat": "mbq"}}, "--compat"),

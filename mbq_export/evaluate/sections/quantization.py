@@ -49,11 +49,37 @@ def _subject(subject: Subject) -> list[Block]:
         return [Missing(what="Quantization", why="weights/mbq.json lists no linears")]
     return [
         _bits(linears),
+        *_head(linears),
         _kept(subject),
         _tokens(subject),
         *_gradients(subject),
         _exponents(subject),
-        _errors(linears),
+        _errors(of_decoder(linears)),
+    ]
+
+
+def of_decoder(linears: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of the blocks that the first one belongs to; the head and linears of a tower are left out."""
+    first = _blocks_of(words(linears[0].get("name"))) if linears else ""
+    return [each for each in linears if _blocks_of(words(each.get("name"))) == first]
+
+
+def _blocks_of(name: str) -> str:
+    """Module path before a block's number; the whole path where it has none."""
+    layer, linear = layer_and_linear(name)
+    return name if layer < 0 else name.removesuffix(f".{layer}.{linear}")
+
+
+def _head(linears: Sequence[Mapping[str, Any]]) -> list[Note]:
+    """What the head alone costs answers, where it is codes."""
+    return [
+        Note(
+            text=f"{words(each.get('name'))} alone adds "
+            f"{figure(number(dig(each, 'kl', 'answers')))} nats at answers in full precision; "
+            f"up to {figure(number(dig(each, 'kl', 'limit')))} no warning is given."
+        )
+        for each in linears
+        if number(dig(each, "kl", "answers")) is not None
     ]
 
 
@@ -69,8 +95,12 @@ def layer_and_linear(name: str) -> tuple[int, str]:
 def _bits(linears: Sequence[Mapping[str, Any]]) -> Table:
     """Count linears and bytes by kind and number format."""
     groups: dict[tuple[str, str, str], list[float]] = {}
+    decoder = {words(linear.get("name")) for linear in of_decoder(linears)}
     for linear in linears:
-        kind = layer_and_linear(words(linear.get("name")))[1]
+        name = words(linear.get("name"))
+        layer, kind = layer_and_linear(name)
+        if name not in decoder and layer >= 0:
+            kind = f"{_blocks_of(name)}.*.{kind}"
         key = kind, words(linear.get("scheme")), words(linear.get("group_size"))
         groups.setdefault(key, []).append(
             (number(linear.get("n")) or 0) * (number(linear.get("k")) or 0)

@@ -120,7 +120,9 @@ def scheme_of(subject: Subject) -> str:
         return "not quantized" if name else "scheme not recorded"
     method = dig(quant, "method", "name") or dig(quant, "method", "method")
     named = group_name(group) if isinstance(group, int) else ""
-    return " ".join(filter(None, [words(name), named, words(method)]))
+    head = dig(quant, "lm_head", "scheme")
+    outside = "" if head is None else f"with a head of {words(head)}"
+    return " ".join(filter(None, [words(name), named, words(method), outside]))
 
 
 def _where(report: Report) -> list[Note]:

@@ -1,5 +1,6 @@
 """Bits, token shares, gradient ratios, exponents and errors, from records with round numbers."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,42 @@ def test_parts_that_a_method_does_not_need_are_said_to_be_missing(tmp_path: Path
     found = section(gather([folder]))
     missing = [block.what for block in found.blocks if isinstance(block, Missing)]
     assert missing == ["Token shares", "Gradient ratios", "Exponents"]
+
+
+def test_what_lies_outside_the_decoder_is_counted_and_is_no_row_of_its_layers(
+    tmp_path: Path,
+) -> None:
+    folder = bundle_folder(tmp_path / "w3")
+    path = folder / "weights" / "mbq.json"
+    record = json.loads(path.read_text())
+    record["linears"] += [
+        {
+            "name": "model.vision_tower.encoder.layers.0.self_attn.o_proj",
+            "n": 8, "k": 8, "scheme": "w8a8", "group_size": 0, "error": {"weight": 0.9},
+        },
+        {
+            "name": "lm_head", "n": 64, "k": 128, "scheme": "w4a16", "group_size": 128,
+            "error": {"weight": 0.8}, "kl": {"answers": 0.0015, "limit": 0.002, "positions": 9},
+        },
+    ]  # fmt: skip
+    path.write_text(json.dumps(record))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for each in manifest["files"]:
+        if each["path"] == "weights/mbq.json":
+            each["bytes"] = path.stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = section(gather([folder]))
+    bits = next(block for block in found.blocks if isinstance(block, Table))
+    assert [row[0] for row in bits.rows[2:]] == [
+        "model.vision_tower.encoder.layers.*.self_attn.o_proj",
+        "lm_head",
+    ]
+    assert [row[0] for row in numbers(found, "Relative error")] == ["o_proj", "down_proj"]
+    assert (
+        max(float(str(cell)) for row in numbers(found, "Relative error") for cell in row[1:]) < 0.3
+    )
+    told = [block.text for block in found.blocks if isinstance(block, Note)]
+    assert any(text.startswith("lm_head alone adds 0.0015 nats at answers") for text in told)
 
 
 @pytest.mark.parametrize(

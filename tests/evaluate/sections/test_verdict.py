@@ -42,6 +42,16 @@ def test_one_scale_per_channel_has_a_name(group: int, words: str) -> None:
     assert scheme_of(SimpleNamespace(manifest={"quant": quant})) == words  # type: ignore[arg-type]
 
 
+def test_a_head_of_codes_is_part_of_the_name() -> None:
+    quant = {
+        "scheme": {"name": "w3a16", "group_size": 128},
+        "method": {"name": "mbq"},
+        "lm_head": {"scheme": "w4a16", "group_size": 128},
+    }
+    found = scheme_of(SimpleNamespace(manifest={"quant": quant}))  # type: ignore[arg-type]
+    assert found == "w3a16 g128 mbq with a head of w4a16"
+
+
 def test_a_failed_gate_and_its_place_are_named(tmp_path: Path) -> None:
     found = judged(tmp_path, report=validation(worst=0.5))
     assert (found.headline, found.tone) == ("1 of 3 checks failed, 1 not run", BAD)
