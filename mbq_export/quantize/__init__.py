@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from mbq_export.blocks.stream import BlockStream
 from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import FormatError, InternalError, located
 from mbq_export.progress import Progress, silent
+from mbq_export.quantize.allocation import allocation_of
 from mbq_export.quantize.apply import (
     QuantizedBlock,
     Rounder,
@@ -19,6 +21,7 @@ from mbq_export.quantize.apply import (
     pass_block,
     quantize_block,
 )
+from mbq_export.quantize.block_search import BlockSearch
 from mbq_export.quantize.clip_pass import ClipPass
 from mbq_export.quantize.facts import (
     config_with_quantization,
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
     from mbq_export.channel_scales import ChannelScales
     from mbq_export.families.base import LoadedModel
+    from mbq_export.quantize.widths import MixedBits
     from mbq_export.schemes.base import QuantScheme
     from mbq_export.state import State
 
@@ -54,6 +58,7 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
     group_size: int,
     out: Path,
     samples: Samples | None = None,
+    mixed: MixedBits | None = None,
     head: HeadFormat | None = None,
     state: State | None = None,
     progress: Progress = silent,
@@ -67,6 +72,7 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
         group_size: Columns that share a scale, or `CHANNEL`; ignored without a scheme.
         out: Folder to make; appears only when complete.
         samples: What error feedback and clipping look at, and a rounded head is judged by; not used without them.
+        mixed: Widths of units in place of the scheme's; its `check` passed.
         head: Number format of the output head; None keeps it as it is. Goes with a scheme only.
         state: Finished blocks are kept in it and not done again. That it belongs to the same arguments is
             its opener's business. Without it they are kept in memory.
@@ -74,7 +80,8 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
 
     Raises:
         UsageError: E2004 naming the linear if the group size does not fit its inputs, E2007 if those are too many,
-            E2002 or E2018 if error feedback or clipping lacks what it weighs by.
+            E2002 or E2018 if error feedback, clipping or a choice of widths lacks what it weighs by; E2001, E2003 or
+            E2006 for widths that cannot be given.
         GateError: E1103 or E1110 naming the linear whose inputs cannot be used.
         FormatError: E4110 or E4112 naming the tensor, E4314 for a scale that fits no unit.
         ResourceError: E5001 or E5008.
@@ -87,6 +94,14 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
     stream = BlockStream(model)
     _check_groups(model, rounding)
     _check_blocks(scales, len(stream))
+    allocation = None
+    if mixed is not None and mixed.asked:
+        allocation = allocation_of(
+            model, scales, rounding, mixed, samples=samples, state=state, progress=progress
+        )
+        rounding = replace(rounding, units=allocation.schemes())
+        if mixed.chooses:
+            progress = _continued(progress, len(stream))
     blocks = _blocks(
         model, stream, scales, rounding, samples=samples, head=head, state=state, progress=progress
     )
@@ -96,6 +111,8 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
     if head is not None:
         rest.pop(f"{model.family.head}.weight", None)
         warn_of(blocks[-1].linears[0])
+    rows = [row for block in blocks[: len(stream)] for row in block.linears]
+    numbers = number_facts(rounding, rows)
     # A state usually lies where the output would be staged by itself.
     staged = state.stage(STAGE) if state else partial_path(out)
     write_checkpoint(
@@ -103,12 +120,13 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
         [*(block.tensors for block in blocks), {n: exact(t, model, n) for n, t in rest.items()}],
         info={
             **model_facts(model, hashes, head),
-            **number_facts(rounding),
+            **numbers,
+            **({} if allocation is None else {"mixed": allocation.record}),
             "method": _method_facts(scales),
             "linears": [row for block in blocks for row in block.linears],
             "skipped": skipped_modules(model, rounding, head),
         },
-        config=config_with_quantization(model, rounding, head),
+        config=config_with_quantization(model, rounding, head, bits=numbers["scheme"]["bits"]),
         source=model.folder,
     )
     with explained(out):
@@ -141,8 +159,11 @@ def _blocks(  # noqa: PLR0913 - all that decides them, and who hears of it
         last = max((index for index in range(depth) if found[index] is None), default=-1)
     rounder: Rounder | None = None
     if rounding.scheme is not None and switches.looks_at_data and last >= 0:
-        kind = Feedback if switches.rounding == "gptq" else ClipPass
-        rounder = kind(model, stream, scales, samples, rounding=rounding)
+        if switches.search_scope == "block":
+            rounder = BlockSearch(model, stream, scales, samples, rounding=rounding, state=state)
+        else:
+            kind = Feedback if switches.rounding == "gptq" else ClipPass
+            rounder = kind(model, stream, scales, samples, rounding=rounding)
     blocks = []
     for index, kept in enumerate(found):
         if kept is not None:
@@ -162,6 +183,11 @@ def _blocks(  # noqa: PLR0913 - all that decides them, and who hears of it
         blocks.append(block)
         progress(index + 1, total, f"rel. error {block.error:.3g}")
     return blocks
+
+
+def _continued(progress: Progress, start: int) -> Progress:
+    """Progress of a second pass over the blocks."""
+    return lambda done, total, note="": progress(start + done, start + total, note)
 
 
 def _saved(state: State | None, index: int, block: QuantizedBlock) -> QuantizedBlock:

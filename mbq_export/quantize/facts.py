@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mbq_export import __version__
 from mbq_export.checkpoint import CONFIG_FILE, KEPT, SCHEMA, SCHEMA_MAJOR, activation_of
 from mbq_export.reading import sha256_of
+from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import CHANNEL, FULL_PRECISION_BITS
 from mbq_export.schemes.layouts.dense import LAYOUT
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mbq_export.quantize.head import HeadFormat
 
 TIED: Final = "tie_word_embeddings"
+MEAN_DIGITS: Final = 6
 
 
 def model_facts(
@@ -47,13 +49,18 @@ def model_facts(
     }
 
 
-def number_facts(rounding: Rounding) -> dict[str, Any]:
-    """The number format of its linears, and how their bits lie."""
+def number_facts(rounding: Rounding, linears: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """The number format of its linears, and how their bits lie.
+
+    Args:
+        rounding: Of all of them, or of those that have no format of their own.
+        linears: Their rows, where units may have formats of their own: all names then, and the mean bits of a weight.
+    """
     scheme = rounding.scheme
     return {
         "scheme": {
-            "name": scheme.name if scheme else KEPT,
-            "bits": scheme.weight_bits if scheme else FULL_PRECISION_BITS,
+            "name": scheme_names(linears) or (scheme.name if scheme else KEPT),
+            "bits": _mean_bits(linears) or (scheme.weight_bits if scheme else FULL_PRECISION_BITS),
             "group_size": rounding.group_size,
             "symmetric": scheme.symmetric if scheme else False,
             "rounding": "half_even",
@@ -62,6 +69,21 @@ def number_facts(rounding: Rounding) -> dict[str, Any]:
         },
         "layout": {"name": LAYOUT.name, "version": LAYOUT.version},
     }
+
+
+def scheme_names(linears: Sequence[Mapping[str, Any]]) -> str:
+    """Names of all number formats of some rows, joined by a plus, fewest bits first; empty without rows."""
+    names = {row["scheme"] for row in linears}
+    return "+".join(sorted(names, key=lambda name: (SCHEMES[name].weight_bits, name)))
+
+
+def _mean_bits(linears: Sequence[Mapping[str, Any]]) -> float | int:
+    """Bits of a code, averaged over weights; 0 without rows."""
+    weights: int = sum(row["n"] * row["k"] for row in linears)
+    bits: int = sum(row["n"] * row["k"] * SCHEMES[row["scheme"]].weight_bits for row in linears)
+    if not weights or bits % weights == 0:
+        return bits // max(weights, 1)
+    return round(bits / weights, MEAN_DIGITS)
 
 
 def skipped_modules(
@@ -87,11 +109,16 @@ def skipped_modules(
 
 
 def config_with_quantization(
-    model: LoadedModel, rounding: Rounding, head: HeadFormat | None = None
+    model: LoadedModel,
+    rounding: Rounding,
+    head: HeadFormat | None = None,
+    *,
+    bits: float | None = None,
 ) -> Mapping[str, Any]:
     """The model's config.json with a ``quantization_config`` that other tools refuse by name.
 
-    A head of codes is no longer the embedding, so a config that ties them says so no longer.
+    A head of codes is no longer the embedding, so a config that ties them says so no longer. ``bits`` is the mean of a
+    weight where units differ.
     """
     if rounding.scheme is None:
         return model.config
@@ -103,7 +130,7 @@ def config_with_quantization(
         **config,
         "quantization_config": {
             "quant_method": "mbq",
-            "bits": rounding.scheme.weight_bits,
+            "bits": rounding.scheme.weight_bits if bits is None else bits,
             "group_size": rounding.group_size,
             "sym": rounding.scheme.symmetric,
             "format": f"mbq-{LAYOUT.name}",

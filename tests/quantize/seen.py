@@ -15,6 +15,7 @@ from mbq_export.families.inputs import ModelInputs
 from mbq_export.progress import Progress, silent
 from mbq_export.quantize import quantize
 from mbq_export.quantize.feedback import Samples
+from mbq_export.quantize.widths import MixedBits
 from mbq_export.schemes import SCHEMES
 from mbq_export.state import State
 from tests.questions import questions
@@ -29,11 +30,14 @@ def samples(model: LoadedModel) -> Samples:
 
 
 def report(model: LoadedModel) -> dict[str, Any]:
-    """Ratios that differ from linear to linear."""
+    """Ratios and gradients that differ from linear to linear."""
     layers = []
     for layer in range(model.text.layers):
         linears = {
-            linear: {"clipped": {k: v * (1 + place) / 2 for k, v in RATIOS.items()}}
+            linear: {
+                "clipped": {k: v * (1 + place) / 2 for k, v in RATIOS.items()},
+                "mean_sq": {"answer": 1.0 / (2 + place + layer)},
+            }
             for place, linear in enumerate(model.family.linears)
         }
         r = {"attn": 0.3, "mlp": 0.6}
@@ -48,6 +52,7 @@ def rounded(
     *,
     scheme: str = "w3a16",
     group_size: int = 64,
+    mixed: MixedBits | None = None,
     state: State | None = None,
     progress: Progress = silent,
 ) -> QuantCheckpoint:
@@ -58,6 +63,7 @@ def rounded(
         group_size=group_size,
         out=out,
         samples=samples(model),
+        mixed=mixed,
         state=state,
         progress=progress,
     )
@@ -102,12 +108,14 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def check_resumed(model: LoadedModel, folder: Path, found: ChannelScales, **kind: Any) -> None:
-    """Kill a run after its first block, go on, and compare every byte with those of one go."""
+def check_resumed(
+    model: LoadedModel, folder: Path, found: ChannelScales, *, after: int = 1, **kind: Any
+) -> None:
+    """Kill a run after its first block or another, go on, and compare every byte with those of one go."""
     rounded(model, folder / "whole", found, **kind)
 
     def kill(done: int, _total: int, _note: str = "") -> None:
-        if done == 1:
+        if done == after:
             raise KilledError
 
     with State.open(folder / "work", {}) as state, pytest.raises(KilledError):
