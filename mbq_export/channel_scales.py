@@ -49,6 +49,8 @@ JSON_LIMIT_BYTES: Final = 64 << 20
 
 OF_FEEDBACK: Final = ("hessian", "gptq_prefix", "asym", "damp")
 """Switches that decide nothing, and are not stored, unless ``rounding`` is "gptq"."""
+OF_SCOPE: Final = ("search_scope", "qvlm_measure")
+"""Switches that decide nothing, and are not stored, unless ``search_scope`` is "block"."""
 
 _ENTRY: Final = re.compile(r"layers\.(0|[1-9]\d{0,5})\.([a-z_]+)\.e")
 
@@ -77,6 +79,8 @@ class Switches:
         asym: How far error feedback moves weights towards the full-precision output, from 0 to 1; "auto" decides
             between the two on held-out samples.
         damp: Share of its mean diagonal that a Hessian is damped with.
+        search_scope: "linear", or "block" to choose ranges of weights for several halves of blocks together.
+        qvlm_measure: What groups halves: "conditional-entropy" or "mutual-info" of neighbours.
     """
 
     method: str
@@ -96,6 +100,8 @@ class Switches:
     gptq_prefix: Literal["quantized", "fp"] = "quantized"
     asym: Literal["auto"] | float = "auto"
     damp: float = 0.01
+    search_scope: Literal["linear", "block"] = "linear"
+    qvlm_measure: Literal["conditional-entropy", "mutual-info"] = "conditional-entropy"
 
     def __post_init__(self) -> None:
         """Refuse values that no code knows.
@@ -116,16 +122,21 @@ class Switches:
     @property
     def looks_at_data(self) -> bool:
         """Whether rounding looks at calibration samples."""
-        return self.rounding == "gptq" or self.clip != "none"
+        return self.rounding == "gptq" or self.clip != "none" or self.search_scope == "block"
 
     def resolved(self) -> dict[str, object]:
-        """All switches by name, as they are stored; those of error feedback only where it is used."""
-        return {name: getattr(self, name) for name in self._stored(self.rounding)}
+        """All switches by name, as they are stored; those of error feedback or of a scope only where it is used."""
+        return {
+            name: getattr(self, name) for name in self._stored(self.rounding, self.search_scope)
+        }
 
     @classmethod
-    def _stored(cls, rounding: object) -> list[str]:
-        names = [field.name for field in fields(cls)]
-        return names if rounding == "gptq" else [n for n in names if n not in OF_FEEDBACK]
+    def _stored(cls, rounding: object, scope: object) -> list[str]:
+        idle = {
+            *(() if rounding == "gptq" else OF_FEEDBACK),
+            *(() if scope == "block" else OF_SCOPE),
+        }
+        return [field.name for field in fields(cls) if field.name not in idle]
 
     @classmethod
     def restored(cls, stored: object) -> Switches:
@@ -134,8 +145,8 @@ class Switches:
         Raises:
             FormatError: E4314 if a switch is missing, unknown or has an unknown value.
         """
-        rounding = stored.get("rounding") if isinstance(stored, Mapping) else None
-        names = set(cls._stored(rounding))
+        known = stored if isinstance(stored, Mapping) else {}
+        names = set(cls._stored(known.get("rounding"), known.get("search_scope")))
         if not isinstance(stored, Mapping) or set(stored) != names:
             odd = set(stored) ^ names if isinstance(stored, Mapping) else names
             _refuse(f"Switches are missing or unknown: {', '.join(sorted(map(str, odd)))}.")

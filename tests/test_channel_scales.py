@@ -52,6 +52,18 @@ def test_block_has_its_own_scales_only(folder: Path) -> None:
     assert found.blocks == 11
 
 
+def test_switches_of_a_joint_search_are_stored_where_it_is_made(tmp_path: Path) -> None:
+    scoped = {"search_scope", "qvlm_measure"}
+    assert not scoped & set(SWITCHES.resolved())
+    switches = Switches(method="qvlm", search_scope="block", qvlm_measure="mutual-info")
+    assert scoped < set(switches.resolved())
+    calib = {"switches": switches.resolved()}
+    ChannelScales(scales={}, sensitivity={}, calib=calib).write(tmp_path)
+    assert ChannelScales.read(tmp_path).switches == switches
+    with pytest.raises(FormatError, match="missing or unknown: qvlm_measure"):
+        Switches.restored({**SWITCHES.resolved(), "search_scope": "block"})
+
+
 def test_method_without_scales_has_none(tmp_path: Path) -> None:
     calib = {"switches": Switches(method="rtn").resolved()}
     ChannelScales(scales={}, sensitivity={}, calib=calib).write(tmp_path)

@@ -22,6 +22,8 @@ def command(
     gptq_prefix: number_options.GptqPrefix = None,
     asym: number_options.Asym = None,
     damp: number_options.Damp = None,
+    search_scope: number_options.SearchScope = None,
+    qvlm_measure: number_options.QvlmMeasure = None,
     import_scales: number_options.ImportScales = None,
     stat: search_options.Stat = None,
     loss: search_options.Loss = None,
@@ -66,6 +68,8 @@ def command(
             gptq_prefix=gptq_prefix,
             asym=asym,
             damp=damp,
+            search_scope=search_scope,
+            qvlm_measure=qvlm_measure,
             **search_options.switches(
                 stat=stat,
                 loss=loss,

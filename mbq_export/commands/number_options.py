@@ -49,7 +49,8 @@ Method = Annotated[
     typer.Option(
         "--method",
         rich_help_panel=PANEL,
-        help="rtn, smoothquant, awq, gptq, mbq, or mbq+: mbq with error feedback.",
+        help="rtn, smoothquant, awq, gptq, mbq, mbq+: mbq with error feedback, or qvlm: mbq with ranges searched "
+        "for several halves of blocks together.",
     ),
 ]
 Compat = Annotated[
@@ -114,6 +115,25 @@ Damp = Annotated[
         rich_help_panel=PANEL,
         help="Share of its mean diagonal that a Hessian is damped with. Default: 0.01.",
         min=0.0,
+        show_default=False,
+    ),
+]
+SearchScope = Annotated[
+    str | None,
+    typer.Option(
+        "--search-scope",
+        rich_help_panel=PANEL,
+        help="linear, or block: one factor for the ranges of each half of a block, chosen for up to three neighbouring "
+        "halves together on the calibration data. Default: by method.",
+        show_default=False,
+    ),
+]
+QvlmMeasure = Annotated[
+    str | None,
+    typer.Option(
+        "--qvlm-measure",
+        rich_help_panel=PANEL,
+        help="What groups halves for that: conditional-entropy or mutual-info of neighbours. Default: the first.",
         show_default=False,
     ),
 ]

@@ -46,6 +46,8 @@ def command(
     gptq_prefix: number_options.GptqPrefix = None,
     asym: number_options.Asym = None,
     damp: number_options.Damp = None,
+    search_scope: number_options.SearchScope = None,
+    qvlm_measure: number_options.QvlmMeasure = None,
     data: options.Data = None,
     text_only_ok: options.TextOnly = False,
     skip_bad: options.SkipBad = 0,
@@ -77,6 +79,8 @@ def command(
         gptq_prefix=gptq_prefix,
         asym=asym,
         damp=damp,
+        search_scope=search_scope,
+        qvlm_measure=qvlm_measure,
     )
     if scales is None:
         request = BuildRequest(

@@ -198,7 +198,11 @@ def data_of(request: BuildRequest) -> CalibrationData:
     """
     name = request.data
     replaced = request.replaced
-    looks = replaced.get("rounding") == "gptq" or replaced.get("clip", "none") != "none"
+    looks = (
+        replaced.get("rounding") == "gptq"
+        or replaced.get("clip", "none") != "none"
+        or replaced.get("search_scope") == "block"
+    )
     blind = request.method == "rtn" and not looks
     if name is None and (request.model == SHIPPED or blind):
         name = DEFAULT_DATA

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from mbq_export.channel_scales import OF_FEEDBACK, Switches
+from mbq_export.channel_scales import OF_FEEDBACK, OF_SCOPE, Switches
 from mbq_export.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ PUBLISHED: Final[Mapping[str, object]] = {
     "search_prompt_weight": "0",
     "prefix": "fp",
     "rounding": "nearest",
+    "search_scope": "linear",
 }
 """What ``--compat mbq`` fixes beside the quantizer's arithmetic (METHODS 2.5)."""
 
@@ -84,7 +85,10 @@ class Method:
             found = replaced(self.switches, chosen)
             self._refuse_idle(chosen, found)
             return found
-        if self.switches.rounding != PUBLISHED["rounding"] or self.switches.stat == "max":
+        published = all(
+            getattr(self.switches, name) == PUBLISHED[name] for name in ("rounding", "search_scope")
+        )
+        if not published or self.switches.stat == "max":
             raise UsageError(
                 "E2002",
                 f"--compat mbq contradicts --method {self.name}.",
@@ -111,6 +115,8 @@ class Method:
         """
         searches = self.scales is not None and not self.computed
         idle = {} if searches else dict.fromkeys(OF_SEARCH, "searches no scale")
+        if found.search_scope == "block":
+            idle = {name: why for name, why in idle.items() if name not in {"loss", "tokens"}}
         if not (searches and self.balanced):
             idle["search_prompt_weight"] = "weighs no token class in a search"
         if not self.needs_ratios(found):
@@ -141,6 +147,8 @@ def replaced(switches: Switches, chosen: Mapping[str, Any]) -> Switches:
             why="the published code rounds weights over their whole range",
             fix=("--clip none", "calibrate without --compat"),
         )
+    if found.search_scope == "block":
+        _refuse_against_scope(found)
     idle = [name for name in OF_FEEDBACK if name in chosen]
     if idle and found.rounding != "gptq":
         raise UsageError(
@@ -149,4 +157,38 @@ def replaced(switches: Switches, chosen: Mapping[str, Any]) -> Switches:
             why=f"--rounding {found.rounding} rounds each weight by itself",
             fix=("--rounding gptq", "--method mbq+"),
         )
+    idle = [name for name in OF_SCOPE if name in chosen and name != "search_scope"]
+    if idle and found.search_scope == "linear":
+        raise UsageError(
+            "E2002",
+            f"--{idle[0].replace('_', '-')} decides nothing here.",
+            why="--search-scope linear looks at one unit at a time",
+            fix=("--search-scope block", "--method qvlm"),
+        )
     return found
+
+
+def _refuse_against_scope(found: Switches) -> None:
+    """Refuse what chooses the ranges of weights besides a joint search, or has no range to choose.
+
+    Raises:
+        UsageError: E2002.
+    """
+    against = (
+        (found.compat == "mbq", "compat mbq", "the published code looks at one unit at a time"),
+        (found.clip == "group", "clip group", "both choose the ranges of groups"),
+        (
+            found.rounding == "gptq",
+            "rounding gptq",
+            "error feedback moves weights after their range",
+        ),
+    )
+    other = {"compat mbq": "compat none", "clip group": "clip none"}
+    for given, option, why in against:
+        if given:
+            raise UsageError(
+                "E2002",
+                f"--search-scope block contradicts --{option}.",
+                why=why,
+                fix=("--search-scope linear", f"--{other.get(option, 'rounding nearest')}"),
+            )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mbq_export.calibrate.methods import METHODS
-from mbq_export.calibrate.methods.base import PUBLISHED
+from mbq_export.calibrate.methods.base import PUBLISHED, replaced
 from mbq_export.channel_scales import ChannelScales, Switches
 from mbq_export.errors import UsageError
 from tests.calibrate.views import first_block, job
@@ -18,7 +18,7 @@ NAMES = METHODS.names()
 
 
 def test_the_methods_are_found_by_their_files() -> None:
-    assert NAMES == ("awq", "gptq", "mbq", "mbq+", "rtn", "smoothquant")
+    assert NAMES == ("awq", "gptq", "mbq", "mbq+", "qvlm", "rtn", "smoothquant")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,7 +37,7 @@ def test_a_method_lowers_no_unit_and_repeats_itself(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_switches_survive_the_artifact(name: str, tmp_path: Path) -> None:
-    switches = METHODS[name].resolve({"clip": "group"})
+    switches = METHODS[name].resolve({} if name == "qvlm" else {"clip": "group"})
     scales = {"layers.0.qkv.e": np.ones(4, np.float32)}
     ChannelScales(scales=scales, sensitivity={}, calib={"switches": switches.resolved()}).write(
         tmp_path
@@ -137,6 +137,45 @@ def test_compatibility_has_no_scale_without_a_search() -> None:
         METHODS["smoothquant"].resolve({"compat": "mbq"})
 
 
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"clip": "group"}, "contradicts --clip group"),
+        ({"rounding": "gptq"}, "contradicts --rounding gptq"),
+    ],
+)
+def test_a_joint_search_is_the_only_one_that_chooses_ranges(
+    chosen: dict[str, Any], message: str
+) -> None:
+    for name, scope in (("qvlm", {}), ("mbq", {"search_scope": "block"})):
+        with pytest.raises(UsageError, match=f"--search-scope block {message}") as caught:
+            METHODS[name].resolve({**scope, **chosen})
+        assert caught.value.code == "E2002"
+        METHODS[name].resolve({"search_scope": "linear", **chosen})
+
+
+def test_what_a_joint_search_decides_goes_with_it_only() -> None:
+    chosen = {"qvlm_measure": "mutual-info"}
+    with pytest.raises(UsageError, match="--qvlm-measure decides nothing here") as caught:
+        METHODS["mbq"].resolve(chosen)
+    assert caught.value.code == "E2002"
+    found = METHODS["mbq"].resolve({"search_scope": "block", **chosen})
+    assert found.qvlm_measure == "mutual-info"
+    assert found.looks_at_data
+    blind = METHODS["rtn"].resolve({"search_scope": "block", "loss": "mse", "tokens": 64})
+    assert (blind.loss, blind.tokens) == ("mse", 64)
+
+
+def test_compatibility_has_no_joint_search() -> None:
+    with pytest.raises(UsageError, match="--compat mbq contradicts --method qvlm"):
+        METHODS["qvlm"].resolve({"compat": "mbq"})
+    with pytest.raises(UsageError, match="--compat mbq contradicts search_scope = block"):
+        METHODS["mbq"].resolve({"compat": "mbq", "search_scope": "block"})
+    published = METHODS["mbq"].resolve({"compat": "mbq"})
+    with pytest.raises(UsageError, match="--search-scope block contradicts --compat mbq"):
+        replaced(published, {"search_scope": "block"})
+
+
 @pytest.mark.parametrize("name", ["gptq", "mbq+"])
 def test_compatibility_has_no_error_feedback(name: str) -> None:
     with pytest.raises(UsageError, match="--compat mbq contradicts --method") as caught:
@@ -157,4 +196,4 @@ def test_the_published_arithmetic_does_not_clip() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_no_method_but_awq_clips_unless_asked_to(name: str) -> None:
     assert METHODS[name].resolve({}).clip == ("group" if name == "awq" else "none")
-    assert METHODS[name].resolve({"clip": "group"}).clip == "group"
+    assert METHODS[name].resolve({"search_scope": "linear", "clip": "group"}).clip == "group"
