@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mbq_export.schemes.base import QuantScheme
     from mbq_export.state import State
 
-ALGORITHM: Final = 1
+ALGORITHM: Final = 2
 """Raised when the same inputs would give other scales."""
 
 GRADIENTS: Final = "gradients"

@@ -8,28 +8,31 @@ Where the scheme rounds activations (METHODS 7), the unit's linears read x / e r
 not scaled back: the objective sees both errors, and alpha = 0 is still plain rounding.
 
 MBQ, arXiv 2412.19509, section 3.2, on the search of AWQ, arXiv 2306.00978, section 3.2. With ``tokens`` N
-candidates are ranked on N tokens per class; those that could still be best are scored again on all tokens.
+candidates race on tokens drawn per class, N of them in the middle step (`race`); ``all`` scores all on every token.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
 
 from mbq_export.blocks.fold import folds_safely
-from mbq_export.blocks.loss import class_totals, coefficients, token_counts, token_errors
+from mbq_export.blocks.loss import class_totals, coefficients, token_errors
+from mbq_export.calibrate.excerpt import run
 from mbq_export.calibrate.methods.base import Found
+from mbq_export.calibrate.race import Scored, race
 from mbq_export.errors import GateError
 from mbq_export.families.base import ANSWER, PAD, PROMPT, TOKEN_CLASSES, VISION
-from mbq_export.schemes.affine import dequantize, quantize, rounded_per_token
+from mbq_export.schemes.affine import dequantize, grid_of, quantize, rounded_per_token
+from mbq_export.schemes.base import CHANNEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from mbq_export.calibrate.excerpt import Excerpt
     from mbq_export.calibrate.units import Call, UnitView
     from mbq_export.channel_scales import Switches
     from mbq_export.families.base import TextShape
@@ -40,27 +43,8 @@ WIDEST: Final = 256.0
 CANDIDATE_BYTES: Final = 1 << 30
 """Rounded candidate weights held at a time."""
 
-STANDARD_ERRORS: Final = 2.0
-"""A candidate this close to the best of a sample is scored on all tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """Objectives of all candidates.
-
-    Attributes:
-        values: (C,) float64 J; exact where `exact`, else estimated from a sample.
-        exact: (C,) bool.
-        totals: (C, classes) float64 per-class sums, of all tokens where `exact`.
-        deviation: (C,) float64, standard error of J - J(best of the sample); 0 without a sample.
-        scored: Tokens that every candidate was scored on.
-    """
-
-    values: Tensor
-    exact: Tensor
-    totals: Tensor
-    deviation: Tensor
-    scored: int
+CACHED: Final = 1 << 15
+"""Weights rounded at a time: about twenty passes over what a processor's own cache holds."""
 
 
 def exponents(switches: Switches) -> tuple[float, ...]:
@@ -134,12 +118,30 @@ def rounded(unit: UnitView, e: Tensor, *, compat: bool) -> dict[str, Tensor]:
     found = {}
     for linear in unit.place.into:
         weight = unit.block.get_parameter(f"{linear}.weight")
-        scaled = weight * e.to(weight.dtype) if compat else weight.float() * e
-        codes = quantize(scaled, scheme=unit.scheme, group_size=unit.group_size, compat=compat)
-        real = dequantize(codes)
-        back = real if unit.scheme.rounds_activations else real / e
-        found[unit.parameter(linear)] = back.to(weight.dtype)
+        back = torch.empty_like(weight)
+        rows = max(1, CACHED // weight.shape[1])
+        for part, into in zip(torch.split(weight, rows), torch.split(back, rows), strict=True):
+            scaled = part * e.to(weight.dtype) if compat else part.float() * e
+            real = _values(unit, scaled, compat=compat)
+            into.copy_(real if unit.scheme.rounds_activations else real.div_(e))
+        found[unit.parameter(linear)] = back
     return found
+
+
+def _values(unit: UnitView, weight: Tensor, *, compat: bool) -> Tensor:
+    """What rounding makes of weights, without the codes on the way: (N, K) float32."""
+    if not compat:
+        groups = unit.scheme.groups_of(weight.shape[1], unit.group_size)
+        grouped = weight.reshape(len(weight), groups, -1)
+        grid = grid_of(grouped, scheme=unit.scheme, channel=unit.group_size == CHANNEL)
+        if bool(torch.isfinite(grid.scales).all()):
+            step, zero = grid.scales[..., None].float(), grid.zeros[..., None].float()
+            codes = (grouped / step).round_().add_(zero).clamp_(0, unit.scheme.largest_code)
+            return codes.sub_(zero).mul_(step).reshape(weight.shape)
+    # It says what is wrong with a weight that is not finite.
+    return dequantize(
+        quantize(weight, scheme=unit.scheme, group_size=unit.group_size, compat=compat)
+    )
 
 
 @contextmanager
@@ -171,7 +173,7 @@ def search(unit: UnitView, switches: Switches) -> Found:
     compat = switches.compat == "mbq"
     candidates = {alpha: scale(m, alpha, compat=compat) for alpha in exponents(switches)}
     scored = score(unit, [*candidates.values()], switches)
-    usable = torch.where(scored.exact, scored.values, torch.inf)
+    usable = torch.where(scored.last, scored.values, torch.inf)
     ranked = torch.argsort(usable, stable=True).tolist()
     about = {"stat": switches.stat, "dead_channels": int((m == 0).sum())}
     return choose(unit, candidates, scored, ranked, about=about)
@@ -217,64 +219,48 @@ def choose(
 
 
 def score(unit: UnitView, candidates: Sequence[Tensor], switches: Switches) -> Scored:
-    """Score candidates, on a sample of tokens first where one can stand for all.
+    """Score candidates, on draws of tokens where those stand for all.
 
     Args:
         unit: One unit of a block.
         candidates: (K,) scales; the first is plain rounding.
         switches: Loss and compatibility.
-
-    Returns:
-        Exact values for the first candidate and for all that may be best.
     """
-    tokens, pads = unit.statistics.tokens, switches.compat == "mbq"
+    tokens, compat = unit.statistics.tokens, switches.compat == "mbq"
     weigh = coefficients(
-        tokens, width=unit.text.hidden, loss=switches.loss, weights=unit.weights, pads=pads
+        tokens, width=unit.text.hidden, loss=switches.loss, weights=unit.weights, pads=compat
     )
-    values = torch.zeros(len(candidates), dtype=torch.float64)
-    deviation, totals = torch.zeros_like(values), values.new_zeros(len(values), len(TOKEN_CLASSES))
-    places, scored = list(range(len(candidates))), int(tokens.sum())
-    if unit.sample is not None:
-        sample = unit.sample
-        errors = torch.stack(
-            [_errors(unit, sample, e, rounded(unit, e, compat=pads), switches) for e in candidates]
+    if unit.steps:
+        return race(
+            unit.steps,
+            lambda place, excerpts: _drawn_errors(unit, excerpts, candidates[place], switches),
+            candidates=len(candidates),
+            tokens=tokens,
+            weigh=weigh,
         )
-        scored = errors.shape[1]
-        values, deviation = _estimate(errors, sample.classes, tokens=tokens, weigh=weigh)
-        close = values - values.min() <= STANDARD_ERRORS * deviation
-        close[torch.argsort(values, stable=True)[:2]] = True
-        close[0] = True
-        places = close.nonzero()[:, 0].tolist()
-    totals[places] = _all_totals(unit, [candidates[place] for place in places], switches)
-    values[places] = totals[places] @ weigh
-    exact = torch.zeros(len(candidates), dtype=torch.bool)
-    exact[places] = True
-    return Scored(values=values, exact=exact, totals=totals, deviation=deviation, scored=scored)
+    totals = _all_totals(unit, candidates, switches)
+    values, every = totals @ weigh, int(tokens.sum())
+    return Scored(
+        values=values,
+        last=torch.ones(len(values), dtype=torch.bool),
+        totals=totals,
+        deviation=torch.zeros_like(values),
+        seen=every,
+        last_seen=every,
+    )
 
 
-def _estimate(
-    errors: Tensor, classes: Tensor, *, tokens: Tensor, weigh: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Objectives from a sample drawn per class, and standard errors of their distance to the least.
-
-    Args:
-        errors: (C, n) float64 token errors.
-        classes: (n,) int8.
-        tokens: (classes,) tokens in all.
-        weigh: (classes,) coefficients of the objective.
-
-    Returns:
-        (C,) objectives and (C,) standard errors, with the finite-population correction.
-    """
-    drawn = token_counts(classes)
-    whole = weigh * tokens
-    values = class_totals(errors, classes) @ (whole / drawn.clamp(min=1.0))
-    apart = errors - errors[int(values.argmin())]
-    mean = class_totals(apart, classes) / drawn.clamp(min=1.0)
-    spread = class_totals(apart.square(), classes) / drawn.clamp(min=1.0) - mean.square()
-    left_out = (1 - drawn / tokens.clamp(min=1.0)).clamp(min=0.0)
-    variance = spread.clamp(min=0.0) / (drawn - 1).clamp(min=1.0) * left_out
-    return values, (variance @ whole.square()).sqrt()
+def _drawn_errors(
+    unit: UnitView, excerpts: Sequence[Excerpt], e: Tensor, switches: Switches
+) -> Tensor:
+    """Token errors of a candidate at drawn tokens: (n,) float64."""
+    weights = rounded(unit, e, compat=switches.compat == "mbq")
+    with rounded_inputs(unit, e):
+        found = [
+            token_errors(each.output - run(unit.inspected, weights, each), loss=switches.loss)
+            for each in excerpts
+        ]
+    return torch.cat([errors.flatten() for errors in found])
 
 
 def _all_totals(unit: UnitView, candidates: Sequence[Tensor], switches: Switches) -> Tensor:
@@ -312,20 +298,17 @@ def _record(
     unit: UnitView, alphas: Sequence[float], scored: Scored, best: int
 ) -> dict[str, object]:
     values = scored.values.tolist()
-    width = float(unit.text.hidden)
-    per_token = scored.totals / (unit.statistics.tokens.clamp(min=1.0) * width)
+    width, counted = float(unit.text.hidden), unit.statistics.tokens
+    per_token = scored.totals / (counted.clamp(min=1.0) * width)
     classes = {
         name: {TOKEN_CLASSES[kind]: float(per_token[place, kind]) for kind in (VISION, ANSWER)}
         for name, place in (("rtn", 0), ("best", best))
     }
-    sampled = not bool(scored.exact.all()) or scored.scored < int(unit.statistics.tokens.sum())
     return {
         "J": {"rtn": values[0], "best": values[best], "se": float(scored.deviation[best])},
         "error": classes,
         "grid": [[alpha, value] for alpha, value in zip(alphas, values, strict=True)],
-        "exact": [
-            alpha for alpha, exact in zip(alphas, scored.exact.tolist(), strict=True) if exact
-        ],
-        "tokens": {"scored": scored.scored if sampled else "all", "rescored": "all"},
+        "last": [alpha for alpha, last in zip(alphas, scored.last.tolist(), strict=True) if last],
+        "tokens": {"scored": scored.seen, "rescored": scored.last_seen, "all": int(counted.sum())},
         "degenerate": len(set(values)) == 1,
     }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mbq_export.blocks.loss import ClassWeights
 from mbq_export.blocks.ratios import prompt_weight_of, r_of
-from mbq_export.calibrate.units import UnitView, choose_tokens, observe, run_and_watch
+from mbq_export.calibrate.units import UnitView, draw_tokens, observe, run_and_watch
 from mbq_export.errors import located
 from mbq_export.families.base import ANSWER, PROMPT, VISION
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mbq_export.blocks.stream import Batch, BlockStream
     from mbq_export.calibrate.methods.base import Method
-    from mbq_export.calibrate.units import BlockObservation, Call
+    from mbq_export.calibrate.units import BlockObservation, Call, Draws
     from mbq_export.channel_scales import Switches
     from mbq_export.families.base import Smooth, TextShape
     from mbq_export.schemes.base import QuantScheme
@@ -84,8 +84,8 @@ def smooth_block(
         GateError: E1103 naming block, unit and exponent if an objective is not finite.
     """
     places = [place for place in job.places if _is_scaled(job, place)]
-    chosen = _chosen(job, index, [batch for batch, _ in batches])
-    seen = observe(job.stream, block, index, batches, places=places, chosen=chosen)
+    draws = _draws(job, index, [batch for batch, _ in batches])
+    seen = observe(job.stream, block, index, batches, places=places, draws=draws)
     scales: dict[str, Tensor] = {}
     units: list[dict[str, Any]] = []
     for place in job.places:
@@ -109,16 +109,15 @@ def _is_scaled(job: Job, place: Smooth) -> bool:
     return place.unit != "o" or job.text.heads == job.text.kv_heads or job.switches.gqa_o_scale
 
 
-def _chosen(job: Job, index: int, batches: Sequence[Batch]) -> list[Tensor] | None:
+def _draws(job: Job, index: int, batches: Sequence[Batch]) -> Draws | None:
     """Tokens that stand for all: of every class that the loss weighs."""
     if job.switches.tokens == "all":
         return None
     kinds = [VISION, ANSWER]
     if not job.method.balanced or job.switches.search_prompt_weight == "measured":
         kinds.append(PROMPT)
-    return choose_tokens(
-        batches, per_class=int(job.switches.tokens), kinds=kinds, seed=[job.seed, index]
-    )
+    tokens = int(job.switches.tokens)
+    return draw_tokens(batches, tokens=tokens, kinds=kinds, seed=[job.seed, index])
 
 
 def _view(
@@ -147,7 +146,7 @@ def _view(
         r=r,
         weights=ClassWeights(vision=r, prompt=prompt) if job.method.balanced else None,
         statistics=seen.statistics[place.unit],
-        sample=seen.samples.get(place.unit),
+        steps=seen.steps.get(place.unit, ()),
         calls=partial(iter, kept)
         if kept is not None
         else partial(_again, job.stream, block, index, batches, place),

@@ -7,7 +7,7 @@
     down       down        down output          down input
 
 Inputs and outputs are those of the un-scaled full-precision block. All units but `qkv` treat tokens one by
-one, so a chosen subset of rows can stand for all; attention needs every row, and so do its errors.
+one; attention needs the keys and values of every token that a drawn one may look back at.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mbq_export.blocks.loss import token_counts
 from mbq_export.blocks.tokens import class_mask
+from mbq_export.calibrate.excerpt import draw, gather, joined
+from mbq_export.calibrate.race import Step
 from mbq_export.families.base import TOKEN_CLASSES
 
 if TYPE_CHECKING:
@@ -28,11 +29,17 @@ if TYPE_CHECKING:
 
     from mbq_export.blocks.loss import ClassWeights
     from mbq_export.blocks.stream import Batch, BlockStream
+    from mbq_export.calibrate.excerpt import Drawn, Excerpt
     from mbq_export.families.base import Smooth, TextShape
     from mbq_export.schemes.base import QuantScheme
 
 KEEP_BYTES: Final = 512 << 20
 """Calls of a block are kept for its four searches if they fit; else the block is run again for each."""
+
+STEPS: Final = ((1 / 8, 1024, 5), (1 / 2, 4096, 2), (2, 8192, 1))
+"""Steps of a race: tokens per class over those that ``tokens`` names; tokens whose keys and values are computed for
+each candidate; the fewest candidates that go on.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +98,7 @@ class UnitView:
         r: Measured weight of vision tokens, for the balanced statistic.
         weights: Class weights of the loss; None weighs all real tokens alike.
         statistics: Of the unit's inputs.
-        sample: A subset of rows that can stand for all, or None where only all will do.
+        steps: Draws of tokens that stand for all, the smaller first; none where only all will do.
         calls: All tokens, in batches; may be iterated over more than once.
     """
 
@@ -104,7 +111,7 @@ class UnitView:
     r: float
     weights: ClassWeights | None
     statistics: Statistics
-    sample: Call | None
+    steps: tuple[Step, ...]
     calls: Callable[[], Iterator[Call]]
 
     @property
@@ -131,14 +138,29 @@ class BlockObservation:
     Attributes:
         outputs: Per batch, the block's output: the next block's input.
         statistics: By unit.
-        samples: By unit, for units that treat tokens one by one.
-        kept: By unit, all calls, if they fit in `KEEP_BYTES`.
+        steps: By unit, where tokens were drawn.
+        kept: By unit, all calls, if they are wanted and fit in `KEEP_BYTES`.
     """
 
     outputs: list[Tensor] = field(default_factory=list)
     statistics: dict[str, Statistics] = field(default_factory=dict)
-    samples: dict[str, Call] = field(default_factory=dict)
+    steps: dict[str, tuple[Step, ...]] = field(default_factory=dict)
     kept: dict[str, list[Call]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """Tokens that stand for all in one block.
+
+    Attributes:
+        sizes: Tokens per class of each step of a race.
+        rows: Per batch, for modules that treat tokens one by one.
+        spans: Per step and batch, for attention: the smaller the step, the fewer the sequences they are from.
+    """
+
+    sizes: Sequence[int]
+    rows: Sequence[Drawn | None]
+    spans: Sequence[Sequence[Drawn | None]]
 
 
 @torch.no_grad()
@@ -205,7 +227,7 @@ def observe(
     batches: Sequence[tuple[Batch, Tensor]],
     *,
     places: Sequence[Smooth],
-    chosen: Sequence[Tensor] | None,
+    draws: Draws | None,
 ) -> BlockObservation:
     """Run a block once over everything and keep what its searches need.
 
@@ -215,92 +237,93 @@ def observe(
         index: Its position.
         batches: Batches with the block's input rows.
         places: Units to watch.
-        chosen: Per batch, flat positions of the rows that stand for all; None to keep no samples.
+        draws: Tokens that stand for all; None to look at all of them.
     """
     found = BlockObservation()
     sums: dict[str, Tensor] = {}
     peaks: dict[str, Tensor] = {}
-    parts: dict[str, list[Call]] = {place.unit: [] for place in places}
-    keep = _fits(block, batches, places)
+    parts: dict[str, list[Sequence[Excerpt | None]]] = {place.unit: [] for place in places}
+    keep = draws is None and _fits(block, batches, places)
     tokens = sum((token_counts(batch.classes.flatten()) for batch, _ in batches), torch.zeros(()))
     for position, (output, calls) in enumerate(
         run_and_watch(stream, block, index, batches, places)
     ):
         found.outputs.append(output)
         for unit, call in calls.items():
-            sums[unit] = sums.get(unit, torch.zeros(())) + _sums(call)
-            peaks[unit] = torch.maximum(peaks.get(unit, torch.zeros(())), _peaks(call))
+            size = call.rows.flatten(0, -2).float().abs()
+            sums[unit] = (
+                sums.get(unit, torch.zeros(())) + (class_mask(call.classes).float() @ size).double()
+            )
+            peaks[unit] = torch.maximum(
+                peaks.get(unit, torch.zeros(())), _peaks(size, call.classes)
+            )
             if keep:
                 found.kept.setdefault(unit, []).append(call)
-            if chosen is not None and not call.arguments:
-                parts[unit].append(_rows_of(call, chosen[position]))
+            if draws is not None:
+                parts[unit].append(_parts(call, draws, position))
     found.statistics = {
         unit: Statistics(sums=values, peaks=peaks[unit], tokens=tokens)
         for unit, values in sums.items()
     }
-    found.samples = {
-        unit: Call(
-            rows=torch.cat([part.rows for part in calls]),
-            arguments={},
-            output=torch.cat([part.output for part in calls]),
-            classes=torch.cat([part.classes for part in calls]),
-        )
-        for unit, calls in parts.items()
-        if calls
-    }
+    if draws is not None:
+        found.steps = {unit: _steps(drawn, draws.sizes) for unit, drawn in parts.items()}
     return found
 
 
-def choose_tokens(
-    batches: Sequence[Batch], *, per_class: int, kinds: Sequence[int], seed: Sequence[int]
-) -> list[Tensor]:
-    """Draw at most `per_class` tokens of each class, without replacement.
+def draw_tokens(
+    batches: Sequence[Batch], *, tokens: int, kinds: Sequence[int], seed: Sequence[int]
+) -> Draws:
+    """Draw the tokens that the searches of a block look at.
 
     Args:
         batches: All samples.
-        per_class: Most tokens of a class.
+        tokens: Per class, as the switch says.
         kinds: Classes to draw from.
         seed: Of the generator: the same seed draws the same tokens.
-
-    Returns:
-        Per batch, ascending flat positions.
     """
-    rng = np.random.default_rng(list(seed))
-    lengths = [batch.classes.numel() for batch in batches]
-    classes = torch.cat([batch.classes.flatten() for batch in batches]).numpy()
-    drawn = []
-    for kind in sorted(kinds):
-        places = np.flatnonzero(classes == kind)
-        drawn.append(rng.permutation(places)[:per_class])
-    flat = np.sort(np.concatenate(drawn))
-    ends = np.cumsum(lengths)
+    sizes = [max(2, round(tokens * share)) for share, _, _ in STEPS]
+    rows = draw(batches, per_class=sizes[-1], kinds=kinds, seed=seed)
+    spans = [
+        draw(batches, per_class=size, kinds=kinds, seed=[*seed, most], most_tokens=most)
+        for size, (_, most, _) in zip(sizes, STEPS, strict=True)
+    ]
+    return Draws(sizes=sizes, rows=rows, spans=spans)
+
+
+def _parts(call: Call, draws: Draws, position: int) -> list[Excerpt | None]:
+    """What the steps of a race see of a call: one excerpt that each cuts smaller, or one for each."""
+    drawn = [side[position] for side in (draws.spans if call.arguments else [draws.rows])]
     return [
-        torch.from_numpy(flat[(flat >= end - length) & (flat < end)] - (end - length))
-        for end, length in zip(ends, lengths, strict=True)
+        None if each is None else gather(call.rows, call.output, call.arguments, each)
+        for each in drawn
     ]
 
 
-def _sums(call: Call) -> Tensor:
-    rows = call.rows.flatten(0, -2).float().abs()
-    return (class_mask(call.classes).float() @ rows).double()
-
-
-def _peaks(call: Call) -> Tensor:
-    rows = call.rows.flatten(0, -2).float().abs()
-    nothing = rows.new_zeros(1, rows.shape[1])
-    of_class = [
-        torch.cat([nothing, rows[call.classes == kind]]) for kind in range(len(TOKEN_CLASSES))
+def _steps(parts: Sequence[Sequence[Excerpt | None]], sizes: Sequence[int]) -> tuple[Step, ...]:
+    sides = [
+        joined([excerpt for excerpt in side if excerpt is not None])
+        for side in zip(*parts, strict=True)
     ]
-    return torch.stack([each.amax(0) for each in of_class])
+    found: list[Step] = []
+    for number, (size, (_, _, keep)) in enumerate(zip(sizes, STEPS, strict=True)):
+        seen = [each.upto(size) for each in sides[number % len(sides)]]
+        step = Step(excerpts=seen, keep=keep)
+        # Where there are few tokens a later step is no larger.
+        if found and step.tokens <= found[-1].tokens:
+            found[-1] = step
+        else:
+            found.append(step)
+    return tuple(found)
 
 
-def _rows_of(call: Call, positions: Tensor) -> Call:
-    return Call(
-        rows=call.rows.flatten(0, -2)[positions],
-        arguments={},
-        output=call.output.flatten(0, -2)[positions],
-        classes=call.classes[positions],
-    )
+def _peaks(rows: Tensor, classes: Tensor) -> Tensor:
+    """Largest value per class and channel, 0 without tokens: (T, K) to (classes, K)."""
+    found = rows.new_zeros(len(TOKEN_CLASSES), rows.shape[1])
+    for kind in range(len(TOKEN_CLASSES)):
+        chosen = classes == kind
+        if bool(chosen.any()):
+            found[kind] = rows[chosen].amax(0)
+    return found
 
 
 def _fits(

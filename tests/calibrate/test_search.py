@@ -8,16 +8,13 @@ import torch
 from torch import Tensor
 
 from mbq_export.blocks.loss import (
-    ClassWeights,
     class_totals,
     coefficients,
-    token_counts,
     token_errors,
 )
 from mbq_export.blocks.stream import BlockStream
 from mbq_export.calibrate import search as module
 from mbq_export.calibrate.search import (
-    _estimate,
     exponents,
     rounded,
     scale,
@@ -29,7 +26,7 @@ from mbq_export.calibrate.search import (
 from mbq_export.calibrate.units import Statistics, UnitView
 from mbq_export.channel_scales import Switches
 from mbq_export.errors import GateError
-from mbq_export.families.base import ANSWER, PROMPT, VISION
+from mbq_export.families.base import ANSWER, VISION
 from mbq_export.schemes.affine import dequantize, quantize, rounded_per_token
 from mbq_export.schemes.base import CHANNEL, PackedWeight
 from mbq_export.schemes.integers import integer_linear
@@ -271,9 +268,12 @@ def test_scores_of_a_sample_that_is_everything_are_exact(unit: str) -> None:
     every, sampled = seen()[unit], seen(replace(MBQ, tokens=10**6))[unit]
     candidates = [scale(statistic(every, MBQ), alpha) for alpha in exponents(MBQ)]
     exact, estimate = score(every, candidates, MBQ), score(sampled, candidates, MBQ)
-    torch.testing.assert_close(estimate.values, exact.values, rtol=1e-6, atol=0)
-    assert estimate.deviation.max() < 1e-9
-    assert exact.exact.all()
+    # A candidate that dropped out on the way keeps an estimate.
+    last = estimate.last
+    assert last.sum() >= 2
+    torch.testing.assert_close(estimate.values[last], exact.values[last], rtol=1e-6, atol=0)
+    assert estimate.deviation[last].max() < 1e-9
+    assert exact.last.all()
 
 
 @pytest.mark.parametrize("tokens", [48, 128])
@@ -287,36 +287,11 @@ def test_a_sample_finds_almost_the_best(tokens: int) -> None:
         best = search(every[unit], MBQ).record
         found = search(some[unit], switches)
         exact = dict(best["grid"])
-        assert found.record["J"]["best"] == pytest.approx(exact[found.alpha], rel=1e-6)
+        assert found.record["J"]["best"] == pytest.approx(exact[found.alpha], rel=0.1)
         assert exact[found.alpha] <= best["J"]["best"] * 1.005
-        assert found.record["tokens"]["scored"] <= 2 * tokens
-        assert 3 <= len(found.record["exact"]) < 21
-
-
-def test_an_estimate_is_unbiased_and_knows_its_error() -> None:
-    generator = torch.Generator().manual_seed(0)
-    classes = torch.tensor([VISION] * 700 + [ANSWER] * 200 + [PROMPT] * 100, dtype=torch.int8)
-    errors = torch.rand(2, 1000, generator=generator, dtype=torch.float64)
-    errors[1] += 0.05 * torch.randn(1000, generator=generator, dtype=torch.float64) + 0.01
-    tokens = token_counts(classes)
-    weigh = coefficients(tokens, width=8, loss="mae", weights=ClassWeights(vision=0.4))
-    truth = class_totals(errors, classes) @ weigh
-    apart, inside = [], 0
-    for _ in range(400):
-        drawn = torch.cat(
-            [
-                torch.nonzero(classes == kind)[:, 0][
-                    torch.randperm(int(tokens[kind]), generator=generator)[:50]
-                ]
-                for kind in (VISION, ANSWER)
-            ]
-        )
-        values, deviation = _estimate(errors[:, drawn], classes[drawn], tokens=tokens, weigh=weigh)
-        apart.append(float(values[1] - values[0]))
-        missed = abs(apart[-1] - float(truth[1] - truth[0]))
-        inside += missed <= 2 * float(deviation.max())
-    assert sum(apart) / 400 == pytest.approx(float(truth[1] - truth[0]), rel=0.05)
-    assert 0.92 < inside / 400 < 0.98
+        seen = found.record["tokens"]
+        assert seen["scored"] <= tokens / 4 < seen["rescored"] <= 4 * tokens < seen["all"]
+        assert 2 <= len(found.record["last"]) < 21
 
 
 def test_the_number_of_candidates_at_a_time_does_not_matter(

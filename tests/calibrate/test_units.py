@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mbq_export.blocks.stream import BlockStream
 from mbq_export.calibrate import units
-from mbq_export.calibrate.units import UnitView, choose_tokens, inspected_path
+from mbq_export.calibrate.units import UnitView, draw_tokens, inspected_path
 from mbq_export.channel_scales import Switches
 from mbq_export.families.base import ANSWER, PROMPT, SMOOTH, VISION
 from tests.calibrate.views import views
@@ -66,31 +66,47 @@ def test_statistics_are_means_over_the_tokens_of_a_class(unit: str) -> None:
 
 
 @pytest.mark.parametrize("unit", ["o", "gate_up", "down"])
-def test_a_sample_is_rows_of_the_whole(unit: str) -> None:
+def test_a_draw_is_rows_of_the_whole(unit: str) -> None:
     view = seen(SOME)[unit]
-    assert view.sample is not None
+    (drawn,) = view.steps[-1].excerpts
     rows, classes = all_rows(view)
-    assert [(view.sample.classes == kind).sum() for kind in (VISION, ANSWER)] == [40, 40]
+    assert [(drawn.classes == kind).sum() for kind in (VISION, ANSWER)] == [
+        80,
+        (classes == ANSWER).sum(),
+    ]
     known = {tuple(row.tolist()): int(kind) for row, kind in zip(rows, classes, strict=True)}
-    for row, kind in zip(view.sample.rows, view.sample.classes, strict=True):
+    for row, kind in zip(drawn.rows, drawn.classes, strict=True):
         assert known[tuple(row.tolist())] == int(kind)
-    torch.testing.assert_close(view.inspected(view.sample.rows), view.sample.output)
+    torch.testing.assert_close(view.inspected(drawn.rows), drawn.output)
 
 
-def test_attention_needs_all_tokens() -> None:
-    assert seen(SOME)["qkv"].sample is None
+@pytest.mark.parametrize("unit", ["qkv", "o", "gate_up", "down"])
+def test_each_step_of_a_race_sees_more_tokens(unit: str) -> None:
+    sizes = [step.tokens for step in seen(SOME)[unit].steps]
+    assert len(sizes) == 3
+    assert sizes == sorted(set(sizes))
 
 
-def test_prompt_tokens_are_sampled_once_they_weigh_something() -> None:
+def test_attention_sees_few_sequences_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "STEPS", ((0.5, 60, 5), (1, 300, 2), (2, 10**6, 1)))
+    steps = seen(SOME)["qkv"].steps
+    assert [sum(len(each.rows) for each in step.excerpts) for step in steps] == [1, 4, 6]
+
+
+def test_a_draw_of_everything_makes_one_step() -> None:
+    for view in seen(Switches(method="mbq", tokens=10**6)).values():
+        assert len(view.steps) == 1
+
+
+def test_prompt_tokens_are_drawn_once_they_weigh_something() -> None:
     model = tiny_model()
     inputs = questions(model, 6)
     for options in (
         {"switches": Switches(method="awq", tokens=5), "balanced": False},
         {"switches": Switches(method="mbq", tokens=5, search_prompt_weight="measured")},
     ):
-        sample = views(model, inputs, **options)["down"].sample
-        assert sample is not None
-        assert (sample.classes == PROMPT).sum() == 5
+        for view in views(model, inputs, **options).values():
+            assert (view.steps[-1].classes == PROMPT).sum() == 10
 
 
 def test_a_block_that_is_run_again_gives_the_same_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,33 +134,16 @@ def test_a_model_without_shared_value_heads_has_four_units() -> None:
     assert list(views(grouped, questions(grouped, 1), switches)) == ["qkv", "gate_up", "down"]
 
 
-def test_chosen_tokens_are_of_the_classes_and_differ() -> None:
-    model = tiny_model()
-    batches = BlockStream(model).begin(questions(model, 8), batch_tokens=200)
-    chosen = choose_tokens(batches, per_class=30, kinds=(VISION, ANSWER), seed=[0, 1])
-    kinds = torch.cat(
-        [batch.classes.flatten()[places] for batch, places in zip(batches, chosen, strict=True)]
-    )
-    assert sorted(kinds.tolist()) == [VISION] * 30 + [ANSWER] * 30
-    assert all(len(set(places.tolist())) == len(places) for places in chosen)
-    assert all(places.tolist() == sorted(places.tolist()) for places in chosen)
-
-
-def test_the_seed_decides_which_tokens_are_chosen() -> None:
+def test_tokens_of_a_block_are_the_same_for_the_same_seed() -> None:
     model = tiny_model()
     batches = BlockStream(model).begin(questions(model, 8))
 
-    def chosen(*seed: int) -> list[list[int]]:
-        found = choose_tokens(batches, per_class=30, kinds=(VISION, ANSWER), seed=seed)
-        return [places.tolist() for places in found]
+    def drawn(*seed: int) -> list[list[int]]:
+        found = draw_tokens(batches, tokens=16, kinds=(VISION, ANSWER), seed=seed)
+        sides = [found.rows, *found.spans]
+        return [
+            each.places.flatten().tolist() for side in sides for each in side if each is not None
+        ]
 
-    assert chosen(0, 1) == chosen(0, 1)
-    assert chosen(0, 1) != chosen(0, 2)
-
-
-def test_a_class_with_fewer_tokens_gives_all_of_them() -> None:
-    model = tiny_model()
-    batches = BlockStream(model).begin(questions(model, 2))
-    chosen = choose_tokens(batches, per_class=10**6, kinds=(VISION, ANSWER), seed=[0])
-    wanted = sum(int(torch.isin(b.classes, torch.tensor([VISION, ANSWER])).sum()) for b in batches)
-    assert sum(len(places) for places in chosen) == wanted
+    assert drawn(0, 1) == drawn(0, 1)
+    assert drawn(0, 1) != drawn(0, 2)
