@@ -45,7 +45,13 @@ def integer_products(table: LayerTable, linears: Iterable[QuantizedLinear]) -> C
 
 def _fault(rows: Iterable[Layer]) -> str:
     """What is wrong with the rows that a linear became, or an empty string."""
-    products = [row for row in rows if [each.type for each in row.inputs].count(INTEGER) >= 2]
+    # Weights of 8 bits are a constant of the product, those of 4 come from a row that makes bytes of them.
+    products = [
+        row
+        for row in rows
+        if INTEGER in {each.type for each in row.inputs}
+        and [each.type for each in (*row.inputs, *row.constants)].count(INTEGER) >= 2
+    ]
     if not products:
         return "multiplies no integers"
     narrow = [each.type for row in products for each in row.outputs if each.type in TOO_SMALL]

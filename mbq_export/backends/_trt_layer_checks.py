@@ -19,6 +19,9 @@ from mbq_export.report import Check
 BYTES_TOLERANCE: Final = 0.02
 """A7: share by which constants may differ from the exporter's count."""
 
+PACKED: Final = ("Int4", "Int8")
+"""Types of constants that hold codes."""
+
 DROPPED_TYPES: Final = frozenset({"Int64", "Int32", "Bool"})
 """Constants of these types are shapes, indices and masks, which the builder folds away: not counted. Plugins read
 theirs as they are."""
@@ -48,7 +51,7 @@ def checks_of(table: LayerTable, graph: EngineGraph, *, known: bool) -> tuple[Ch
 def checks(table: LayerTable, graph: EngineGraph) -> tuple[Check, ...]:
     """Compare an engine with what was asked for.
 
-    ``A1`` each plugin node is one plugin row and there is no other, ``A2`` each quantized linear multiplies from an Int4 constant, ``A3`` no row writes dequantized weights to
+    ``A1`` each plugin node is one plugin row and there is no other, ``A2`` each quantized linear multiplies from an Int4 constant, or Int8 of 8 bits, ``A3`` no row writes dequantized weights to
     memory, ``A5`` no other constant of a quantized linear is as large as its weights, ``A6`` attention is fused
     and the cache is updated in place, ``A7`` all constants together weigh what the exporter counted, ``A8``
     inputs, outputs and profile are the contract's.
@@ -56,7 +59,7 @@ def checks(table: LayerTable, graph: EngineGraph) -> tuple[Check, ...]:
     found = []
     if graph.plugin_layers:
         found += [_plugins_are_there(table, graph), _plugins_read_rows(table)]
-    found += [_weights_stay_int4(table, graph.linears), _no_slow_dequantize(table)]
+    found += [_weights_stay_integers(table, graph.linears), _no_slow_dequantize(table)]
     if any(linear.act_bits == 8 for linear in graph.linears):
         found.append(integer_products(table, graph.linears))
     found.append(_weights_stay_packed(table, graph.linears))
@@ -91,23 +94,23 @@ def _plugins_read_rows(table: LayerTable) -> Check:
     return _none_of("A9", bad, "a tensor of a plugin is laid out otherwise")
 
 
-def _weights_stay_int4(table: LayerTable, linears: tuple[QuantizedLinear, ...]) -> Check:
+def _weights_stay_integers(table: LayerTable, linears: tuple[QuantizedLinear, ...]) -> Check:
     """A2."""
 
     def holds(linear: QuantizedLinear) -> bool:
         rows = table.rows_of(linear.node)
-        return any(each.type == "Int4" for row in rows for each in row.constants)
+        return any(each.type == linear.constant for row in rows for each in row.constants)
 
-    return _none_of(
-        "A2", [linear.node for linear in linears if not holds(linear)], "no Int4 constant"
-    )
+    bad = [linear for linear in linears if not holds(linear)]
+    kinds = " or ".join(sorted({linear.constant for linear in bad}))
+    return _none_of("A2", [linear.node for linear in bad], f"no {kinds} constant")
 
 
 def _no_slow_dequantize(table: LayerTable) -> Check:
-    """A3: a row that reads Int4 and writes as many halves puts a dequantized weight into memory."""
+    """A3: a row that reads packed weights and writes as many halves puts a dequantized weight into memory."""
     bad: list[str] = []
     for row in table.layers:
-        packed = {each.elements for each in row.constants if each.type == "Int4"}
+        packed = {each.elements for each in row.constants if each.type in PACKED}
         written = {each.elements for each in row.outputs if each.type in FLOATS}
         if packed & written:
             bad.extend(row.onnx or (row.name,))

@@ -102,19 +102,26 @@ class SizeRange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizedLinear:
-    """A linear layer that must stay 4-bit in the engine.
+    """A linear layer that must stay packed in the engine.
 
     Attributes:
         node: Name of its MatMul node in the ONNX graph.
         shape: (N, K).
         group_size: Columns that share a scale; 0 for one scale per row.
         act_bits: Width of the activations that it multiplies.
+        bits: Width of its constant: 4, or 8; codes of 3 bits lie in 4.
     """
 
     node: str
     shape: tuple[int, int]
     group_size: int
     act_bits: int = 16
+    bits: int = 4
+
+    @property
+    def constant(self) -> str:
+        """Type of its constant, as TensorRT calls it."""
+        return f"Int{self.bits}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +134,7 @@ class EngineGraph:
         inputs: Contract of the graph, sizes that vary as symbols.
         outputs: The same for its results.
         sizes: One range for every symbol in ``inputs``; all inputs derive their profile from it.
-        linears: Layers that must hold Int4 constants.
+        linears: Layers that must hold Int4 or Int8 constants.
         attention_layers: Fused attention rows expected, or None if the graph decomposes attention.
         kv_updates: In-place cache updates expected, or None.
         weight_bytes: Bytes of all constants by the exporter's count, or None to skip that check.

@@ -266,6 +266,8 @@ def _session_options(runtime: Any, *, threads: int, accuracy_level: int) -> Any:
     options.enable_mem_pattern = False
     options.log_severity_level = WARNINGS if logger.isEnabledFor(logging.DEBUG) else FATAL_ONLY
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
+    # Without VNNI an x86 CPU would add pairs of int8 products in 16 bits, and saturate where weights have 8.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     # Sessions take turns (embedding, decoder, other bundles of a comparison): idle threads must not spin.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options

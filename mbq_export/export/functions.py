@@ -8,13 +8,14 @@ and Div truncates towards zero, so the remainder is subtracted first; then the d
     r    = Mod(w, 2^(8 i))            the remainder takes the divisor's sign, so r >= 0
     byte = Mod(Div(w - r, 2^(8 i)), 256)
 
-3 bits: 8 codes lie in 3 bytes, none straddles two such triples. 4 bits: 2 codes in a byte.
+3 bits: 8 codes lie in 3 bytes, none straddles two such triples. 4 bits: 2 codes in a byte. 8 bits: a byte.
 
+Symmetric codes of weights alone become numbers in FLOAT, where the scale of a channel is exact, and T at the end.
 Where activations are rounded too, integers travel in FLOAT, per group along K (one group per channel):
 
-    s_x = max(max |x|, 1e-5) / 127    xq = Round(x / s_x)    y = (sum over groups of (xq . (q - 8)) * s) * s_x
+    s_x = max(max |x|, 1e-5) / 127    xq = Round(x / s_x)    y = (sum over groups of (xq . (u - middle)) * s) * s_x
 
-A product of integers is exact while every partial sum stays below 2^24: always, up to `EXACT_COLUMNS` columns in a
+A product of integers is exact while every partial sum stays below 2^24: always, up to `exact_columns` columns in a
 group, and beyond unless nearly all factors are the largest there are; then a sum is off by one part in 2^24. Integer
 matrix operators would be exact for ever, but TensorRT has none.
 """
@@ -71,6 +72,9 @@ _CODES: Final = {
   above = Div (joined, power)
   code = Mod (above, range)
 """,
+    8: """
+  code = Identity (byte)
+""",
 }
 
 _WEIGHT_ONLY: Final = """
@@ -92,19 +96,40 @@ _WEIGHT_ONLY: Final = """
 
 # Scales may be [N], one per channel, or [N, groups]: as a table of N rows they are alike. Everything is FLOAT, so the
 # result is the same in every T but for its own rounding.
-_ROUNDING: Final = f"""
+_TABLE: Final = """
   table_shape = Concat <axis = 0> (rows, last)
   table = Reshape (scales, table_shape)
   group_count = Shape <start = 1, end = 2> (table)
+"""
+
+_SCALES_OF_GROUPS: Final = """\
   table_t = Transpose <perm = [1, 0]> (table)
-  row_axis = Constant <value = int64[1] {{1}}> ()
+  row_axis = Constant <value = int64[1] {1}> ()
   s_rows = Unsqueeze (table_t, row_axis)
   s = Cast <to = 1> (s_rows)
+"""
+
+_SIGNED: Final = """\
   grouped_shape = Concat <axis = 0> (rows, group_count, last)
   grouped = Reshape (code, grouped_shape)
   u = Cast <to = 1> (grouped)
-  middle = Constant <value = float {{8}}> ()
+  middle = Constant <value = float {%d}> ()
   q = Sub (u, middle)
+"""
+
+_SYMMETRIC: Final = """\
+  wide_table = Cast <to = 1> (table)
+  s = Unsqueeze (wide_table, last)
+  scaled = Mul (q, s)
+  matrix_shape = Concat <axis = 0> (rows, columns)
+  wide_matrix = Reshape (scaled, matrix_shape)
+  matrix = CastLike (wide_matrix, x)
+  matrix_t = Transpose <perm = [1, 0]> (matrix)
+  y = MatMul (x, matrix_t)
+}
+"""
+
+_ROUNDING: Final = f"""\
   q_t = Transpose <perm = [1, 2, 0]> (q)
   wide = Cast <to = 1> (x)
   size = Abs (wide)
@@ -133,12 +158,16 @@ _ROUNDING: Final = f"""
 _BODIES: Final = {
     (3, 16): (_GROUPS, _WEIGHT_ONLY),
     (4, 16): (_GROUPS, _WEIGHT_ONLY),
-    (4, 8): ("", _ROUNDING),
+    (4, 8): ("", _TABLE + _SCALES_OF_GROUPS + _SIGNED % 8 + _ROUNDING),
+    (8, 8): ("", _TABLE + _SCALES_OF_GROUPS + _SIGNED % 128 + _ROUNDING),
+    (8, 16): ("", _TABLE + _SIGNED % 128 + _SYMMETRIC),
 }
 """Widths of codes and activations: constants in front of the codes, and what is computed with them."""
 
-EXACT_COLUMNS: Final = (1 << 24) // (LARGEST_ACTIVATION * 8)
-"""Largest group, or channel, whose integer sums FLOAT always holds: products are at most 127 * 8."""
+
+def exact_columns(bits: int) -> int:
+    """Largest group, or channel, whose integer sums FLOAT always holds: products reach 127 * 2**(bits - 1)."""
+    return int((1 << 24) // (LARGEST_ACTIVATION * 2 ** (bits - 1)))
 
 
 def body(op: ops.LinearOp, *, opset: int) -> onnx.FunctionProto:

@@ -85,18 +85,19 @@ def _field(name: str) -> str:
 
 
 def _ops() -> Iterator[str]:
-    for scheme, op in ops.OPS.items():
+    for scheme, tiles in ops.PLUGINS.items():
+        op = ops.OPS[scheme]
         numbers = (
             SCHEMES[scheme].number,
             op.bits,
             op.act_bits,
-            LAYOUTS[op.tiles].version,
+            LAYOUTS[tiles].version,
             TILE_ROWS * TILE_COLUMNS * op.bits // 32,
             len(op.inputs),
         )
         values = ", ".join([f'"{op.name}"', *map(str, numbers), str(not op.symmetric).lower()])
         yield f"inline constexpr OpFacts k{op.name} = {{{values}}};"
-    names = ", ".join(f"k{op.name}" for op in ops.OPS.values())
+    names = ", ".join(f"k{ops.OPS[scheme].name}" for scheme in ops.PLUGINS)
     yield f"inline constexpr OpFacts kOps[] = {{{names}}};\n"
 
 

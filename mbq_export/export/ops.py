@@ -10,6 +10,9 @@
     y = W4A8Linear(x, qweight, scales)           x rounded to int8 per token, then (sums * s) * sx
     scales   FLOAT   [N], or FLOAT16 [N, K / group_size] in groups; codes are q + 8, there are no zero points
 
+    y = W8A8Linear(x, qweight, scales)           the same with codes q + 128, per channel only
+    y = W8A16Linear(x, qweight, scales)          y = x . (q * s)^T, likewise; neither has a plugin
+
 Two forms of one node. *Reference*: as above, with a body. *Plugin*: constants in tiles, Np and Kp being N and K rounded
 up to 16 and 128, and no body; N and K stay the sizes of y and x.
 
@@ -99,14 +102,14 @@ class LinearOp:
         bits: Width of a code.
         act_bits: Width of an activation; 16 leaves it in T.
         symmetric: Whether it has no zero points.
-        tiles: Layout of the codes in the plugin form.
+        tiles: Layout of the codes in the plugin form; None where there is no plugin.
     """
 
     name: str
     bits: int
     act_bits: int = 16
     symmetric: bool = False
-    tiles: str = ""
+    tiles: str | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -118,8 +121,13 @@ OPS: Final = {
     "w3a16": LinearOp(name="W3Linear", bits=3, tiles="w3t"),
     "w4a16": LinearOp(name="W4A16Linear", bits=4, tiles="w4t"),
     "w4a8": LinearOp(name="W4A8Linear", bits=4, act_bits=8, symmetric=True, tiles="w4t"),
+    "w8a8": LinearOp(name="W8A8Linear", bits=8, act_bits=8, symmetric=True),
+    "w8a16": LinearOp(name="W8A16Linear", bits=8, symmetric=True),
 }
 """Operator of every scheme that has one."""
+
+PLUGINS: Final = {name: op.tiles for name, op in OPS.items() if op.tiles is not None}
+"""Layout of the tiles of every scheme whose operator is also a plugin."""
 
 
 def op_named(name: str) -> LinearOp | None:

@@ -100,6 +100,8 @@ def check_tiles(
     """
     has, op = attributes_of(node), ops.op_named(node.op_type)
     assert op is not None
+    if op.tiles is None:
+        contradiction(f"there is no plugin {op.name}")
     check_facts(has, op, layout=LAYOUTS[op.tiles])
     _check_plugin_facts(has, op)
     n, k, group_size = has["N"], has["K"], has["group_size"]

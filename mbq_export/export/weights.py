@@ -239,7 +239,9 @@ def signed_codes_tensor(
             yield signed
 
     def minus_middle() -> Iterator[NDArray[np.int8]]:
-        return (codes.astype(np.int8) - np.int8(source.middle) for _, codes in source.codes())
+        # The middle of eight bits, 128, is no int8.
+        for _, codes in source.codes():
+            yield (codes.astype(np.int16) - source.middle).astype(np.int8)
 
     blocks = minus_zeros if minus_zero else minus_middle
     return StreamedTensor(name, dtype=dtype, shape=(source.k, source.n), blocks=blocks)

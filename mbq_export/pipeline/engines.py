@@ -154,6 +154,7 @@ def engine_graph(
                 shape=(linear.n, linear.k),
                 group_size=linear.group_size,
                 act_bits=SCHEMES[linear.scheme].act_bits,
+                bits=8 if SCHEMES[linear.scheme].weight_bits == 8 else 4,
             )
             for linear in standard
         ),

@@ -1,5 +1,6 @@
-"""A linear that rounds its activations, for TensorRT: written by hand, apart from the exporter."""
+"""Linears of channels for TensorRT, one that rounds its activations: written by hand, apart from the exporter."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -13,10 +14,12 @@ N, K = 64, 128
 NODE = "n.sums"
 
 
-def rounded_linear(folder: Path, *, island: type[np.floating] = np.float32) -> EngineGraph:
+def rounded_linear(
+    folder: Path, *, island: type[np.floating] = np.float32, bits: int = 4
+) -> EngineGraph:
     """Scale of the token outside, unit scale inside; ``island`` is the type that surrounds the integers.
 
-    With float16 the product's sums are written as Half before they are scaled: what A4 refuses.
+    Weights of 4 or 8 bits. With float16 the product's sums are written as Half before they are scaled: what A4 refuses.
     """
     draft = Draft()
     draws = np.random.default_rng(0)
@@ -26,7 +29,7 @@ def rounded_linear(folder: Path, *, island: type[np.floating] = np.float32) -> E
     draft.constant("one", np.array(1, island))
     draft.constant("zero", np.array(0, np.int8))
     draft.constant("last", np.array([-1], np.int64))
-    draft.constant("q", draws.integers(-7, 8, (K, N)).astype(ml_dtypes.int4))
+    draft.constant("q", _codes(draws, bits))
     draft.constant("s", draws.uniform(0.01, 0.02, N).astype(island))
     draft.node("Cast", ["x"], "wide", to=kind)
     draft.node("Abs", ["wide"], "sizes")
@@ -50,7 +53,30 @@ def rounded_linear(folder: Path, *, island: type[np.floating] = np.float32) -> E
             "batch_size": SizeRange(smallest=1, typical=1, largest=1),
             "sequence_length": SizeRange(smallest=1, typical=1, largest=64),
         },
-        linears=(QuantizedLinear(node=NODE, shape=(N, K), group_size=0, act_bits=8),),
-        weight_bytes=N * K // 2 + 4 * N + 4,
+        linears=(QuantizedLinear(node=NODE, shape=(N, K), group_size=0, act_bits=8, bits=bits),),
+        weight_bytes=N * K * bits // 8 + 4 * N + 4,
     )
     return save(graph, draft)
+
+
+def channel_linear(folder: Path) -> EngineGraph:
+    """Weights of 8 bits alone: FLOAT scales of channels, then a Cast to the type of the activations."""
+    draft = Draft()
+    draws = np.random.default_rng(0)
+    draft.constant("q", _codes(draws, 8))
+    draft.constant("s", draws.uniform(0.01, 0.02, N).astype(np.float32))
+    draft.node("DequantizeLinear", ["q", "s"], "wide", axis=1)
+    draft.node("Cast", ["wide"], "w", to=TensorProto.FLOAT16)
+    draft.node("MatMul", ["x", "w"], "y")
+    linear = QuantizedLinear(node="n.y", shape=(N, K), group_size=0, bits=8)
+    rounded = rounded_linear(folder)
+    graph = replace(
+        rounded, onnx=folder / "channel.onnx", linears=(linear,), weight_bytes=N * K + 4 * N
+    )
+    return save(graph, draft)
+
+
+def _codes(draws: np.random.Generator, bits: int) -> np.ndarray:
+    if bits == 8:
+        return draws.integers(-127, 128, (K, N)).astype(np.int8)
+    return draws.integers(-7, 8, (K, N)).astype(ml_dtypes.int4)

@@ -1,7 +1,7 @@
 """Linears that round their activations: weights and rows that would show a mistake, and graphs of one of them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -33,17 +33,31 @@ def uneven(columns: int) -> NDArray[np.float32]:
     return x
 
 
+class Make(Protocol):
+    """Makes a weight."""
+
+    def __call__(self, group_size: int, bits: int = 4) -> PackedWeight:
+        """Of this width, in groups or per channel."""
+
+
 @dataclass(frozen=True)
 class Rounded:
     """A weight and activations that would show a mistake."""
 
     name: str
-    weight: Callable[[int], PackedWeight]
+    weight: Make
     x: NDArray[np.float32]
 
 
-def codes(rows: int, columns: int) -> Callable[[int], PackedWeight]:
-    return lambda group_size: weight_of(random_q(rows, rows, columns), group_size=group_size)
+def codes(rows: int, columns: int) -> Make:
+    return lambda group_size, bits=4: weight_of(
+        random_q(rows, rows, columns, bits=bits), group_size=group_size, bits=bits
+    )
+
+
+def largest(group_size: int, bits: int = 4) -> PackedWeight:
+    q = np.full((16, 256), -(2 ** (bits - 1)))
+    return weight_of(q, group_size=group_size, bits=bits)
 
 
 CASES = (
@@ -51,15 +65,12 @@ CASES = (
     Rounded("ties", codes(16, 128), ties(128)),
     Rounded("uneven tokens", codes(16, 256), uneven(256)),
     Rounded("each column alone", codes(16, 128), np.eye(128, dtype=np.float32)),
-    Rounded(
-        "largest sums",
-        lambda group_size: weight_of(np.full((16, 256), -8), group_size=group_size),
-        np.full((2, 256), 3, np.float32),
-    ),
+    Rounded("largest sums", largest, np.full((2, 256), 3, np.float32)),
     Rounded("an odd number of groups", codes(32, 896), normal(3, 896)),
 )
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def lowered(weight: PackedWeight, lowering: str, **options: str) -> ir.Model:
-    return one_node(weight, lowering=lowering, scheme="w4a8", **options)  # type: ignore[arg-type]
+    """A graph of one linear whose activations are rounded to 8 bits."""
+    return one_node(weight, lowering=lowering, scheme=f"w{weight.bits}a8", **options)  # type: ignore[arg-type]

@@ -26,6 +26,9 @@ def test_every_target_prefers_some_that_exist() -> None:
         ("w4a8", 0, "trt", "plugin"),
         ("w4a8", 128, "trt", "plugin"),
         ("w4a8", 128, "ort", "reference"),
+        ("w8a8", 0, "trt", "qdq"),
+        ("w8a8", 0, "ort", "qdq"),
+        ("w8a16", 0, "trt", "qdq"),
     ],
 )
 def test_the_best_form_is_the_first_that_holds_the_format(

@@ -1,7 +1,7 @@
 """Bodies of the operators against the oracle, on two runtimes that share no code with it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from mbq_export.schemes.integers import integer_linear
 from mbq_export.schemes.oracle import weight_only_linear
 from tests.export.one_linear import one_node, packed, random_packed, relative_error, run_on_ort
 from tests.export.rounded_linears import EACH, Rounded, lowered
+from tests.schemes.integer_weights import random_q, weight_of
 
 RNG = np.random.default_rng(7)
 
@@ -160,8 +161,11 @@ def test_a_width_without_a_body_is_a_bug_of_ours() -> None:
 
 
 @EACH
-def test_body_equals_the_oracle_to_the_bit_on_two_runtimes(case: Rounded, tmp_path: Path) -> None:
-    weight = case.weight(CHANNEL)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_body_equals_the_oracle_to_the_bit_on_two_runtimes(
+    case: Rounded, bits: int, tmp_path: Path
+) -> None:
+    weight = case.weight(CHANNEL, bits)
     wanted = integer_linear(case.x, weight)
     model = lowered(weight, "reference")
     np.testing.assert_array_equal(evaluate(model, case.x), wanted)
@@ -177,6 +181,31 @@ def test_body_in_groups_differs_by_the_order_of_the_last_sum(case: Rounded, tmp_
     assert relative_error(run_on_ort(model, case.x, tmp_path), wanted) <= GROUP_RELATIVE
 
 
-def test_sums_are_exact_up_to_the_width_that_is_promised() -> None:
-    largest = functions.EXACT_COLUMNS * 127 * 8
-    assert largest <= 2**24 < largest + 127 * 8
+@pytest.mark.parametrize(("bits", "largest_code"), [(4, 8), (8, 128)])
+def test_sums_are_exact_up_to_the_width_that_is_promised(bits: int, largest_code: int) -> None:
+    largest = functions.exact_columns(bits) * 127 * largest_code
+    assert largest <= 2**24 < largest + 127 * largest_code
+
+
+@EACH
+@pytest.mark.parametrize("lowering", ["reference", "qdq"])
+def test_weights_of_8_bits_alone_are_multiplied_as_the_oracle_says(
+    case: Rounded, lowering: str, tmp_path: Path
+) -> None:
+    weight, x = case.weight(CHANNEL, 8), np.clip(case.x, -1e3, 1e3)
+    wanted = weight_only_linear(x, weight)
+    model = one_node(weight, lowering=lowering, scheme="w8a16")
+    assert relative_error(evaluate(model, x), wanted) <= OP_FP32
+    assert relative_error(run_on_ort(model, x, tmp_path), wanted) <= OP_FP32
+    half = one_node(weight, lowering=lowering, scheme="w8a16", dtype="fp16")
+    narrow = (x / 64).astype(np.float16)  # results beyond fp16 would be infinite
+    found = run_on_ort(half, narrow, tmp_path)
+    assert relative_error(found, weight_only_linear(narrow, weight)) <= OP_FP16
+
+
+def test_one_hot_activations_read_out_every_code_of_8_bits() -> None:
+    q = random_q(3, 16, 96, bits=8)
+    weight = replace(weight_of(q, bits=8), scales=np.ones((16, 1), np.float32))
+    assert (weight.words.view(np.int32) < 0).mean() > 0.4, "the case must have negative words"
+    model = one_node(weight, lowering="reference", scheme="w8a16")
+    np.testing.assert_array_equal(evaluate(model, np.eye(96, dtype=np.float32)).T, q)

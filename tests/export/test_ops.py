@@ -117,6 +117,7 @@ def test_linears_of_one_input_share_its_name() -> None:
 
 
 def test_an_operator_is_what_its_scheme_is() -> None:
+    assert ops.PLUGINS == {"w3a16": "w3t", "w4a16": "w4t", "w4a8": "w4t"}
     for name, op in ops.OPS.items():
         scheme = SCHEMES[name]
         facts = (scheme.weight_bits, scheme.act_bits, scheme.symmetric, scheme.kernel_layout)

@@ -208,6 +208,16 @@ def test_scales_of_a_channel_beyond_the_last_row_are_refused(tmp_path: Path) -> 
     assert message == "Linear.scales_tiles has scales beyond row 200 or column 128."
 
 
+def test_an_operator_without_a_plugin_in_that_form_is_refused(tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.node[0].op_type = "W8A16Linear"
+        model.graph.node[0].input.pop()  # zero points, of which it has none
+        model.metadata_props[0].value = '{"W8A16Linear":["linear"]}'
+
+    path = edit(plugin(tmp_path), change)
+    assert refusal(path, "E4409", TRT).message == "There is no plugin W8A16Linear."
+
+
 @pytest.mark.parametrize(
     "value",
     [None, '{"W3Linear":["another"]}', '{"W3Linear":[]}', "{}", "not json", '{"W4A16Linear":["linear"]}'],

@@ -75,6 +75,16 @@ def test_groups_of_rounded_activations_are_for_plugins() -> None:
     assert caught.value.code == "E2006"
 
 
+@pytest.mark.usefixtures("plugins")
+@pytest.mark.parametrize("name", ["w8a8", "w8a16"])
+def test_formats_of_8_bits_have_no_plugin_and_say_what_they_have(name: str) -> None:
+    scheme = SCHEMES[name]
+    assert engine_lowering("auto", targets=[CARD], scheme=scheme, group_size=CHANNEL) == "qdq"
+    with pytest.raises(UsageError, match=f"there is no plugin for {name}") as caught:
+        engine_lowering("plugin", targets=[CARD], scheme=scheme, group_size=CHANNEL)
+    assert (caught.value.code, caught.value.fix) == ("E2002", ("--lowering auto",))
+
+
 def test_without_a_target_only_plugins_are_written_for_a_device_to_come() -> None:
     for asked, wanted in (("auto", None), ("qdq", None), ("plugin", "plugin")):
         assert engine_lowering(asked, targets=[], scheme=W3, group_size=128) == wanted

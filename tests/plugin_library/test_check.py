@@ -29,7 +29,7 @@ EXPECTED = {
 
 
 def test_the_names_are_those_of_the_graphs() -> None:
-    assert {op.name for op in ops.OPS.values()} == set(PLUGINS)
+    assert {ops.OPS[scheme].name for scheme in ops.PLUGINS} == set(PLUGINS)
     assert (ops.PLUGIN_NAMESPACE, ops.PLUGIN_VERSION) == (PLUGIN_NAMESPACE, VERSION)
 
 

@@ -30,9 +30,13 @@ from mbq_export.schemes.layouts import LAYOUTS
 
 
 def supports(scheme: QuantScheme, target: str) -> str | None:
-    """Every scheme with an operator, for TensorRT."""
+    """Every scheme whose operator has a plugin, for TensorRT."""
     if scheme.name not in ops.OPS:
         return f"there is no mbq operator for {scheme.name}"
+    if scheme.name not in ops.PLUGINS:
+        return (
+            f"there is no plugin for {scheme.name}, whose engines are built from the qdq lowering"
+        )
     return None if target == "trt" else "ONNX Runtime has no plugins, only TensorRT"
 
 
@@ -56,7 +60,7 @@ def lower(model: ir.Model, target: str) -> None:
 def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
     """Put the plugin's node in the place of a node and of the addition of its bias."""
     name, source = str(node.name), packed_source(node)
-    op = ops.OPS[source.scheme]
+    op, layout = ops.OPS[source.scheme], LAYOUTS[ops.PLUGINS[source.scheme]]
     add = bias_addition(node)
     bias = None if add is None else add.inputs[1]
     last = add or node
@@ -68,8 +72,8 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
     if not op.symmetric:
         tensors.append(tiled_zeros_tensor(f"{name}.zeros_tiles", source))
     attributes = {each: node.attributes[each].value for each in ops.ATTRIBUTES} | {
-        "layout": op.tiles,
-        "layout_version": LAYOUTS[op.tiles].version,
+        "layout": layout.name,
+        "layout_version": layout.version,
         "has_bias": int(bias is not None),
         "epilogue": ops.NO_EPILOGUE,
         "act_bits": op.act_bits,

@@ -1,12 +1,14 @@
-"""Standard operators on 4-bit constants: DequantizeLinear in blocks along K, then MatMul.
+"""Standard operators on constants of 4 or 8 bits: DequantizeLinear in blocks along K, then MatMul.
 
     w = DequantizeLinear(Q [K, N], S [K/G, N]; axis 0, block_size G)        y = MatMul(x, w)
+    w = DequantizeLinear(Q [K, N], S [N]; axis 1)                           of 8 bits, which have no groups
 
 | codes          | ONNX Runtime                     | TensorRT                                  |
 |----------------|----------------------------------|-------------------------------------------|
 | 3 bits         | INT4 q - z, exact                | the same                                  |
 | 4 bits, middle | INT4 q - 8, exact                | the same                                  |
 | 4 bits         | UINT4 q with UINT4 zero points   | INT4 q - 8 and a correction in fp32       |
+| 8 bits, middle | INT8 q - 128, exact              | the same                                  |
 
 TensorRT refuses UINT4 and zero points other than 0, and q - z of 4-bit codes spans -15 .. 15. There
 
@@ -21,8 +23,8 @@ sums of an int8 product may be stored in the type of its inputs before they are 
     s = max(max |x|, 1e-5) / 127        d = DequantizeLinear(QuantizeLinear(x / s, 1), 1)
     w = DequantizeLinear(Q [K, N], S [N]; axis 1)        y = MatMul(d, w) * s
 
-Q is INT4 for TensorRT and INT8 for ONNX Runtime, which then sums integers; INT4 it would multiply in floats, far
-slower. In groups TensorRT for RTX builds one int8 product over all of K: such graphs are never written.
+Q of 4 bits is INT4 for TensorRT and INT8 for ONNX Runtime, which then sums integers; INT4 it would multiply in floats,
+far slower. In groups TensorRT for RTX builds one int8 product over all of K: such graphs are never written.
 A token with an infinity has no finite result. A NaN alone may get lost on the way, because ONNX Runtime's ReduceMax can
 pass over it and QuantizeLinear makes a number of it; the reference form keeps it.
 
@@ -75,16 +77,17 @@ def check_group(scheme: QuantScheme, group_size: int) -> None:
 
 
 def refuses_dtype(scheme: QuantScheme | None, target: str, dtype: str) -> str | None:
-    """bf16 is for TensorRT, and only where no group's scale would have to be rounded to it.
+    """bf16 is for TensorRT, and only where no group's scale would have to be rounded to it; channels keep theirs.
 
     A scale is fp16, with 11 bits. Rounded to the 8 bits of bf16 all weights of its group change. Kept, with a Cast
-    behind the dequantized weight, TensorRT for RTX 1.7 writes that weight to memory and multiplies from there.
+    behind the dequantized weight, TensorRT for RTX 1.7 writes that weight to memory and multiplies from there. Weights of 8 bits with FLOAT scales, one per channel, it
+    multiplies from their codes, Cast or not.
     """
     if dtype != "bf16":
         return None
     if target == "ort":
         return "ONNX Runtime multiplies no bf16 on a CPU"
-    if scheme is None or scheme.rounds_activations:
+    if scheme is None or scheme.rounds_activations or scheme.group_sizes == (CHANNEL,):
         return None
     return "bf16 would round the scales of its groups, and with exact ones TensorRT keeps no 4-bit weights"
 
@@ -131,6 +134,8 @@ class _Rewrite:
         rows.name = name
 
     def weight_only(self, target: str) -> ir.Value:
+        if self.source.group_size == CHANNEL:
+            return self.by_channel(target)
         signed = self.source.bits == 3 or self.source.symmetric
         if signed:
             inputs = [self.signed(minus_zero=not self.source.symmetric), self.scales()]
@@ -144,6 +149,20 @@ class _Rewrite:
         )
         rows = self.matmul(self.x, weight)
         return rows if signed or target == "ort" else self.corrected(rows)
+
+    def by_channel(self, target: str) -> ir.Value:
+        """Symmetric codes with one scale per column of the constant."""
+        inputs = [self.signed_channels(target), self.channel_scales()]
+        if target == "ort":
+            # Where it turns INT8 weights into UINT8, for CPUs without VNNI, it takes missing zero points for one.
+            points = ir.Tensor(np.zeros(self.source.n, np.int8), name=f"{self.name}.channel_zeros")
+            inputs.append(self.constant(points))
+        size = [self.source.k, self.source.n]
+        narrow = self.dtype != FLOAT
+        weight = self.float_op("DequantizeLinear", inputs, "weight", size, axis=1)
+        if narrow:
+            weight = self.op("Cast", [weight], "weight_narrow", size, to=self.dtype)
+        return self.matmul(self.x, weight)
 
     def matmul(self, x: ir.Value, weight: ir.Value) -> ir.Value:
         dims = [*self.leading, self.source.n]
@@ -194,7 +213,8 @@ class _Rewrite:
         return known or self.constant(ir.Tensor(np.asarray(number), name=full))
 
     def signed_channels(self, target: str) -> ir.Value:
-        dtype = ir.DataType.INT8 if target == "ort" else ir.DataType.INT4
+        wide = target == "ort" or self.source.bits == 8
+        dtype = ir.DataType.INT8 if wide else ir.DataType.INT4
         name = f"{self.name}.qweight_{dtype.name.lower()}"
         tensor = weights.signed_codes_tensor(name, self.source, minus_zero=False, dtype=dtype)
         return self.constant(tensor)

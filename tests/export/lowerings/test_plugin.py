@@ -352,13 +352,16 @@ def test_columns_that_kernels_cannot_read_are_refused_with_the_node() -> None:
 
 
 def test_onnx_runtime_and_schemes_without_an_operator_are_refused_with_the_reason() -> None:
-    for name in ops.OPS:
+    for name in ops.PLUGINS:
         assert LOWERING.supports(SCHEMES[name], "trt") is None
         assert (
             LOWERING.supports(SCHEMES[name], "ort") == "ONNX Runtime has no plugins, only TensorRT"
         )
     w2a16 = replace(SCHEMES["w3a16"], name="w2a16", weight_bits=2)
     assert LOWERING.supports(w2a16, "trt") == "there is no mbq operator for w2a16"
+    for name in ops.OPS.keys() - ops.PLUGINS:
+        reason = f"there is no plugin for {name}, whose engines are built from the qdq lowering"
+        assert LOWERING.supports(SCHEMES[name], "trt") == reason
 
 
 def test_the_form_is_16_bits_wide_and_its_file_is_named_after_no_runtime() -> None:

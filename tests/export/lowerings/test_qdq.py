@@ -122,25 +122,32 @@ def test_schemes_that_it_cannot_hold_are_refused_with_the_reason() -> None:
 
 
 @EACH
-def test_standard_form_equals_the_oracle_to_the_bit(case: Rounded, tmp_path: Path) -> None:
-    weight = case.weight(CHANNEL)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_standard_form_equals_the_oracle_to_the_bit(
+    case: Rounded, bits: int, tmp_path: Path
+) -> None:
+    weight = case.weight(CHANNEL, bits)
     found = run_on_ort(lowered(weight, "qdq"), case.x, tmp_path)
     np.testing.assert_array_equal(found, integer_linear(case.x, weight))
 
 
 @EACH
+@pytest.mark.parametrize("bits", [4, 8])
 def test_form_for_tensorrt_says_the_same_to_a_runtime_that_multiplies_in_floats(
-    case: Rounded, tmp_path: Path
+    case: Rounded, bits: int, tmp_path: Path
 ) -> None:
-    """ONNX Runtime multiplies INT4 codes by their scale before it sums."""
-    weight = case.weight(CHANNEL)
+    """ONNX Runtime multiplies INT4 codes by their scale before it sums; INT8 codes it does not."""
+    weight = case.weight(CHANNEL, bits)
     found = run_on_ort(lowered(weight, "qdq", target="trt"), case.x, tmp_path)
     assert relative_error(found, integer_linear(case.x, weight)) <= OP_FP32
 
 
-@pytest.mark.parametrize(("target", "kind"), [("ort", "INT8"), ("trt", "INT4")])
-def test_codes_have_the_type_that_the_runtime_multiplies(target: str, kind: str) -> None:
-    weight = codes(16, 128)(CHANNEL)
+@pytest.mark.parametrize(
+    ("bits", "target", "kind"),
+    [(4, "ort", "INT8"), (4, "trt", "INT4"), (8, "ort", "INT8"), (8, "trt", "INT8")],
+)
+def test_codes_have_the_type_that_the_runtime_multiplies(bits: int, target: str, kind: str) -> None:
+    weight = codes(16, 128)(CHANNEL, bits)
     types = constants(lowered(weight, "qdq", target=target, dtype="fp16"))
     assert types[f"linear.qweight_{kind.lower()}"] == ir.DataType[kind]
     assert types["linear.channel_scales"] == ir.DataType.FLOAT
@@ -178,6 +185,18 @@ def test_linears_of_one_graph_share_their_constants() -> None:
         "activations.last_axis", "activations.smallest_absmax", "activations.largest_code",
         "activations.unit_scale", "activations.unit_zero",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_scales_of_channels_stay_exact_and_weights_become_narrow_once(dtype: str) -> None:
+    """TensorRT for RTX multiplies such weights from their codes, with the Cast in the same kernel."""
+    weight = codes(16, 128)(CHANNEL, 8)
+    model = one_node(weight, lowering="qdq", target="trt", dtype=dtype, scheme="w8a16")
+    assert [node.op_type for node in model.graph] == ["DequantizeLinear", "Cast", "MatMul"]
+    assert constants(model) == {
+        "linear.qweight_int8": ir.DataType.INT8,
+        "linear.channel_scales": ir.DataType.FLOAT,
+    }
 
 
 @pytest.mark.parametrize("target", ["ort", "trt"])
@@ -245,6 +264,8 @@ def test_bfloat16_rounds_the_result_of_rounded_activations_alone(
         ("w3a16", "trt", "bf16 would round the scales of its groups"),
         ("w4a16", "trt", "bf16 would round the scales of its groups"),
         ("w4a8", "trt", None),
+        ("w8a8", "trt", None),
+        ("w8a16", "trt", None),
         (None, "trt", None),
         ("w4a8", "ort", "ONNX Runtime multiplies no bf16"),
         (None, "ort", "ONNX Runtime multiplies no bf16"),
@@ -282,4 +303,14 @@ def test_a_token_with_an_infinity_has_no_finite_result(lowering: str, tmp_path: 
 def test_graphs_of_ours_pass_their_checks(lowering: str, group_size: int, tmp_path: Path) -> None:
     path = tmp_path / "one.onnx"
     save_graph(lowered(codes(16, 128)(group_size), lowering), path)
+    check_graph(path, Limits(allowed=OPSET23.ops))
+
+
+@pytest.mark.parametrize("lowering", ["reference", "qdq"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+def test_graphs_of_8_bit_codes_pass_their_checks(
+    scheme: str, lowering: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.onnx"
+    save_graph(one_node(codes(16, 128)(CHANNEL, 8), lowering=lowering, scheme=scheme), path)
     check_graph(path, Limits(allowed=OPSET23.ops))
