@@ -49,7 +49,7 @@ JSON_LIMIT_BYTES: Final = 64 << 20
 
 OF_FEEDBACK: Final = ("hessian", "gptq_prefix", "asym", "damp")
 """Switches that decide nothing, and are not stored, unless ``rounding`` is "gptq"."""
-OF_SCOPE: Final = ("search_scope", "qvlm_measure")
+OF_SCOPE: Final = ("search_scope", "qvlm_measure", "search_alpha")
 """Switches that decide nothing, and are not stored, unless ``search_scope`` is "block"."""
 
 _ENTRY: Final = re.compile(r"layers\.(0|[1-9]\d{0,5})\.([a-z_]+)\.e")
@@ -81,6 +81,7 @@ class Switches:
         damp: Share of its mean diagonal that a Hessian is damped with.
         search_scope: "linear", or "block" to choose ranges of weights for several halves of blocks together.
         qvlm_measure: What groups halves: "conditional-entropy" or "mutual-info" of neighbours.
+        search_alpha: Move exponents of channel scales by a step of the grid in that search, too.
     """
 
     method: str
@@ -102,6 +103,7 @@ class Switches:
     damp: float = 0.01
     search_scope: Literal["linear", "block"] = "linear"
     qvlm_measure: Literal["conditional-entropy", "mutual-info"] = "conditional-entropy"
+    search_alpha: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that no code knows.

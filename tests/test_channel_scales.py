@@ -53,14 +53,14 @@ def test_block_has_its_own_scales_only(folder: Path) -> None:
 
 
 def test_switches_of_a_joint_search_are_stored_where_it_is_made(tmp_path: Path) -> None:
-    scoped = {"search_scope", "qvlm_measure"}
+    scoped = {"search_scope", "qvlm_measure", "search_alpha"}
     assert not scoped & set(SWITCHES.resolved())
     switches = Switches(method="qvlm", search_scope="block", qvlm_measure="mutual-info")
     assert scoped < set(switches.resolved())
     calib = {"switches": switches.resolved()}
     ChannelScales(scales={}, sensitivity={}, calib=calib).write(tmp_path)
     assert ChannelScales.read(tmp_path).switches == switches
-    with pytest.raises(FormatError, match="missing or unknown: qvlm_measure"):
+    with pytest.raises(FormatError, match="missing or unknown: qvlm_measure, search_alpha"):
         Switches.restored({**SWITCHES.resolved(), "search_scope": "block"})
 
 

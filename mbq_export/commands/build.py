@@ -68,6 +68,7 @@ def command(
     damp: number_options.Damp = None,
     search_scope: number_options.SearchScope = None,
     qvlm_measure: number_options.QvlmMeasure = None,
+    search_alpha: number_options.SearchAlpha = None,
     import_scales: number_options.ImportScales = None,
     stat: search_options.Stat = None,
     loss: search_options.Loss = None,
@@ -188,6 +189,7 @@ def command(
             damp=damp,
             search_scope=search_scope,
             qvlm_measure=qvlm_measure,
+            search_alpha=search_alpha,
             **search_options.switches(
                 stat=stat,
                 loss=loss,

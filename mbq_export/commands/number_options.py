@@ -137,6 +137,15 @@ QvlmMeasure = Annotated[
         show_default=False,
     ),
 ]
+SearchAlpha = Annotated[
+    bool | None,
+    typer.Option(
+        "--search-alpha/--no-search-alpha",
+        rich_help_panel=PANEL,
+        help="Let that search move the exponents of channel scales by a step, too. Default: no.",
+        show_default=False,
+    ),
+]
 ImportScales = Annotated[
     Path | None,
     typer.Option(

@@ -48,6 +48,7 @@ def command(
     damp: number_options.Damp = None,
     search_scope: number_options.SearchScope = None,
     qvlm_measure: number_options.QvlmMeasure = None,
+    search_alpha: number_options.SearchAlpha = None,
     data: options.Data = None,
     text_only_ok: options.TextOnly = False,
     skip_bad: options.SkipBad = 0,
@@ -81,6 +82,7 @@ def command(
         damp=damp,
         search_scope=search_scope,
         qvlm_measure=qvlm_measure,
+        search_alpha=search_alpha,
     )
     if scales is None:
         request = BuildRequest(

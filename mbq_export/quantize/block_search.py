@@ -31,6 +31,7 @@ from mbq_export.quantize.dependency import (
     mutual_information,
     partition,
 )
+from mbq_export.quantize.exponents import descend, refold, searched_exponents
 from mbq_export.quantize.joint import RATIOS, Joint, moved, round_shrunk
 from mbq_export.quantize.streams import Streams
 
@@ -86,7 +87,7 @@ class BlockSearch:
         """Measure how sites depend on each other, and group them.
 
         Raises:
-            UsageError: E2018 without samples.
+            UsageError: E2018 without samples, E2002 if exponents are to move and there are none.
             GateError: E1103 naming the block whose rows are not finite.
         """
         if samples is None or not samples.inputs:
@@ -96,6 +97,13 @@ class BlockSearch:
                 why="it compares what reaches the end of several halves with full precision",
                 fix=("--data calib.jsonl", "--search-scope linear"),
             )
+        if scales.switches.search_alpha and not searched_exponents(scales):
+            raise UsageError(
+                "E2002",
+                "--search-alpha has no exponent to move.",
+                why="no unit has a scale that was searched with an exponent above 0",
+                fix=("leave --search-alpha out", "--method qvlm"),
+            )
         self._model, self._stream, self._scales = model, stream, scales
         self._rounding, self._state = rounding, state
         self._switches = scales.switches
@@ -103,6 +111,7 @@ class BlockSearch:
         self._links = self._measured(samples.inputs)
         self._partition = partition(self._links[self._switches.qvlm_measure])
         self._found: dict[int, Mapping[str, Any]] = {}
+        self._refolded = -1
         whole = Streams.begin(stream, samples.inputs, exact=True, moved=False)
         few = self._few(samples.inputs)
         self._whole = whole
@@ -124,7 +133,7 @@ class BlockSearch:
         """Round all linears of a block.
 
         Args:
-            block: With folded scales, in float32; not changed.
+            block: With folded scales, in float32; changed only where exponents of its scales move.
             index: Its position; the one after the block that was passed last.
 
         Raises:
@@ -133,6 +142,7 @@ class BlockSearch:
         """
         made = SearchedBlock()
         self._search_those_begun(block, index)
+        self._refold(block, index)
         for half in self._halves_of(block, index):
             number = self._number(half)
             facts = self._facts(number)
@@ -146,20 +156,38 @@ class BlockSearch:
                         group_size=self._rounding.group_size,
                     )
                 made.facts[linear] = {"joint": facts}
+                moved = facts.get("exponents", {}).get(f"{index}.{unit}")
+                if moved is not None:
+                    made.facts[linear]["alpha"] = moved
         return made
 
     def go_on(self, block: nn.Module, index: int, codes: Mapping[str, Codes]) -> None:  # noqa: ARG002
         """Let the rows pass a block that is finished, now or by an earlier run.
 
         Args:
-            block: With folded scales, in float32; not changed.
+            block: As `round` left it, or with folded scales where it is not called.
             index: Its position.
             codes: What is stored of it; the rows are those of full precision, and do not depend on it.
         """
-        self._search_those_begun(block, index)
+        if self._refolded != index:
+            self._search_those_begun(block, index)
+            self._refold(block, index)
         for streams in (self._whole, self._few_rows):
             if streams is not None:
                 streams.advance(self._stream, index, folded=block, rounded=block)
+
+    def _refold(self, block: nn.Module, index: int) -> None:
+        """Fold the exponents that searches moved."""
+        self._refolded = index
+        found = [record.get("exponents", {}) for record in self._found.values()]
+        moved = {
+            (index, name.partition(".")[2]): alpha
+            for exponents in found
+            for name, alpha in exponents.items()
+            if name.startswith(f"{index}.")
+        }
+        for half in self._halves_of(block, index) if moved else ():
+            refold(half, self._scales, moved, text=self._model.text)
 
     def _search_those_begun(self, block: nn.Module, index: int) -> None:
         """Search the partition's blocks that begin in a decoder block, unless that was done before."""
@@ -200,12 +228,20 @@ class BlockSearch:
         whole = self._rows(self._whole, before)
         few = whole if self._few_rows is None else self._rows(self._few_rows, before)
         chosen = joint.search(few, whole)
-        return {
+        record = {
             "ratios": list(chosen.ratios),
             "J": {"plain": _short(chosen.plain), "best": _short(chosen.best)},
             "samples": sum(len(batch.samples) for batch, _ in few),
             "exact": chosen.exact,
         }
+        if self._switches.search_alpha:
+            text = self._model.text
+            found = descend(joint, chosen.ratios, whole, self._scales, text=text)
+            record["J"] |= {"moved": _short(found.error)}
+            record["exponents"] = {
+                f"{layer}.{unit}": alpha for (layer, unit), alpha in sorted(found.exponents.items())
+            }
+        return record
 
     def _rows(self, streams: Streams, before: Sequence[Half]) -> Pairs:
         """Rows before the first half of a search, as full precision has them."""

@@ -183,12 +183,19 @@ def _refuse_against_scope(found: Switches) -> None:
             "error feedback moves weights after their range",
         ),
     )
-    other = {"compat mbq": "compat none", "clip group": "clip none"}
-    for given, option, why in against:
+    instead = ("compat none", "clip none", "rounding nearest")
+    for (given, option, why), other in zip(against, instead, strict=True):
         if given:
             raise UsageError(
                 "E2002",
                 f"--search-scope block contradicts --{option}.",
                 why=why,
-                fix=("--search-scope linear", f"--{other.get(option, 'rounding nearest')}"),
+                fix=("--search-scope linear", f"--{other}"),
             )
+    if found.search_alpha and found.stat == "max":
+        raise UsageError(
+            "E2002",
+            "--search-alpha decides nothing here.",
+            why=f"the scales of --method {found.method} are no power of one statistic",
+            fix=("leave --search-alpha out", "--method qvlm"),
+        )

@@ -155,13 +155,16 @@ def test_a_joint_search_is_the_only_one_that_chooses_ranges(
 
 
 def test_what_a_joint_search_decides_goes_with_it_only() -> None:
-    chosen = {"qvlm_measure": "mutual-info"}
-    with pytest.raises(UsageError, match="--qvlm-measure decides nothing here") as caught:
-        METHODS["mbq"].resolve(chosen)
-    assert caught.value.code == "E2002"
-    found = METHODS["mbq"].resolve({"search_scope": "block", **chosen})
-    assert found.qvlm_measure == "mutual-info"
-    assert found.looks_at_data
+    chosen: dict[str, Any]
+    for chosen in ({"qvlm_measure": "mutual-info"}, {"search_alpha": True}):
+        with pytest.raises(UsageError, match=r"--(qvlm|search)-\w+ decides nothing here") as caught:
+            METHODS["mbq"].resolve(chosen)
+        assert caught.value.code == "E2002"
+        found = METHODS["mbq"].resolve({"search_scope": "block", **chosen}).resolved()
+        assert {name: found[name] for name in chosen} == chosen
+    assert METHODS["mbq"].resolve({"search_scope": "block"}).looks_at_data
+    with pytest.raises(UsageError, match="--search-alpha decides nothing here"):
+        METHODS["smoothquant"].resolve({"search_scope": "block", "search_alpha": True})
     blind = METHODS["rtn"].resolve({"search_scope": "block", "loss": "mse", "tokens": 64})
     assert (blind.loss, blind.tokens) == ("mse", 64)
 
