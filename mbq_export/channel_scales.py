@@ -62,13 +62,15 @@ class Switches:
     Attributes:
         method: Name of the preset, for readers; the other fields decide what is done.
         loss: "mae" or "mse".
-        grid: "21" (alpha = k/20, k = 0..20) or "20" (without alpha = 1, as published).
+        grid: "21" (alpha = k/20, k = 0..20), "20" (without alpha = 1, as published) or "auto" (every other one of the
+            21 where plain rounding costs least).
         stat: Channel statistic: a mean, "balanced", "mixed", "answer" or "vision", or the largest, "max".
         rounding: "nearest", or "gptq" for error feedback on the calibration samples.
         clip: "none", or "group" to shrink each group's range as its weighed rounding error asks for.
         gqa_o_scale: Scale the attention output under grouped-query attention too.
         r_floor: Least ratio of a layer: "median" over the layers, "none" or a number.
-        prefix: Inputs of the search: "fp", those of the full-precision model.
+        prefix: Inputs of the search: "fp", those of the full-precision model, or "quantized", those that rounded blocks
+            before leave.
         compat: "none", or "mbq" for the arithmetic of the published code.
         tokens: Tokens per class that score a candidate: a number or "all".
         modality_weight: Replaces every measured r; None keeps the measured ones.
@@ -86,13 +88,13 @@ class Switches:
 
     method: str
     loss: Literal["mae", "mse"] = "mae"
-    grid: Literal["21", "20"] = "21"
+    grid: Literal["21", "20", "auto"] = "21"
     stat: Literal["balanced", "mixed", "answer", "vision", "max"] = "balanced"
     rounding: Literal["nearest", "gptq"] = "nearest"
     clip: Literal["none", "group"] = "none"
     gqa_o_scale: bool = True
     r_floor: Literal["median", "none"] | float = "median"
-    prefix: Literal["fp"] = "fp"
+    prefix: Literal["fp", "quantized"] = "fp"
     compat: Literal["none", "mbq"] = "none"
     tokens: Literal["all"] | int = 512
     modality_weight: float | None = None

@@ -158,7 +158,7 @@ def test_known_switches_survive_the_artifact(changes: dict[str, Any]) -> None:
     [
         ("loss", "huber"), ("grid", 21), ("stat", ""), ("rounding", "feedback"), ("clip", "all"),
         ("gqa_o_scale", 1), ("r_floor", "mean"), ("r_floor", -0.1), ("r_floor", float("nan")),
-        ("r_floor", True), ("prefix", "quantized"), ("compat", "awq"), ("tokens", 0.5),
+        ("r_floor", True), ("prefix", "folded"), ("compat", "awq"), ("tokens", 0.5),
         ("tokens", 0), ("tokens", True), ("tokens", "some"), ("modality_weight", "0.1"),
         ("search_prompt_weight", 0), ("method", None), ("hessian", "full"), ("asym", 1.5),
         ("asym", "half"), ("gptq_prefix", "none"), ("damp", -0.01),

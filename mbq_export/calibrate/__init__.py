@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import torch
 
 from mbq_export.blocks.stream import BlockStream
 from mbq_export.blocks.tokens import count_classes, hash_inputs
+from mbq_export.calibrate.first_errors import FirstErrors, first_errors
 from mbq_export.calibrate.gradients import Gradients, measure
 from mbq_export.calibrate.methods import METHODS
+from mbq_export.calibrate.moved_rows import MovedRows
 from mbq_export.calibrate.sensitivity import sensitivity
 from mbq_export.calibrate.smooth import Job, smooth_block
 from mbq_export.channel_scales import ChannelScales
@@ -36,8 +39,9 @@ ALGORITHM: Final = 2
 """Raised when the same inputs would give other scales."""
 
 GRADIENTS: Final = "gradients"
+FIRST: Final = "first-errors"
 BLOCKS: Final = "calibrate"
-"""Names of the two kinds of finished work in a `State`."""
+"""Names of the kinds of finished work in a `State`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +111,7 @@ def calibrate(
     batches = stream.begin(inputs)
     depth = len(stream)
     report = recipe.sensitivity or {}
-    total = depth if method.scales else 0
+    total = depth * (1 + (recipe.switches.grid == "auto")) if method.scales else 0
     if method.needs_ratios(recipe.switches) and not report:
         total += 2 * depth
         gradients = _gradients(
@@ -131,6 +135,9 @@ def calibrate(
         sensitivity=report,
         seed=recipe.seed,
     )
+    if recipe.switches.grid == "auto":
+        pass_ = _Pass(progress=progress, start=total - 2 * depth, total=total)
+        job = replace(job, first=_first(job, batches, state, pass_))
     search = _Pass(progress=progress, start=total - depth, total=total)
     found = _blocks(job, batches, state, search)
     return _result(model, inputs, recipe, report=report, found=found)
@@ -149,14 +156,19 @@ def _blocks(
     found: list[_Block] = [({}, {}) if k is None else (k.tensors, k.record) for k in kept]
     missing = [index for index in range(depth) if kept[index] is None]
     rows = [batch.hidden for batch in batches]
+    moved = list(rows) if job.switches.prefix == "quantized" else None
     for index in range(max(missing, default=-1) + 1):
         with job.stream.block(index) as block:
             pairs = list(zip(batches, rows, strict=True))
             if kept[index] is not None:
                 rows = job.stream.run_all(block, index, pairs)
+                if moved is not None:
+                    e = {unit: torch.tensor(scale) for unit, scale in found[index][0].items()}
+                    second = list(zip(batches, moved, strict=True))
+                    moved = MovedRows(job, block, index, second).outputs(e)
                 continue
-            smoothed = smooth_block(job, block, index, pairs)
-        rows = smoothed.outputs
+            smoothed = smooth_block(job, block, index, pairs, moved=moved)
+        rows, moved = smoothed.outputs, smoothed.moved
         scales = {unit: e.numpy() for unit, e in smoothed.scales.items()}
         record = {"units": smoothed.units}
         if state:
@@ -164,6 +176,28 @@ def _blocks(
         found[index] = (scales, record)
         progress(index + 1, depth, f"block {index + 1}/{depth} {_gain(smoothed.units)}")
     return found
+
+
+def _first(
+    job: Job, batches: Sequence[Batch], state: State | None, progress: Progress
+) -> FirstErrors:
+    """Errors of plain rounding of every unit that is searched, in one pass."""
+    depth = len(job.stream)
+    units: list[str] = [place.unit for place in job.places if job.is_scaled(place)]
+    rows = [batch.hidden for batch in batches]
+    kept = [state.load_block(FIRST, index) if state else None for index in range(depth)]
+    errors = [{unit: float(k.tensors[unit][0]) for unit in units} for k in kept if k]
+    for index in range(0 if len(errors) < depth else depth, depth):
+        with job.stream.block(index) as block:
+            pairs = list(zip(batches, rows, strict=True))
+            of_block, rows = first_errors(job, block, index, pairs)
+        errors[index:] = [of_block]
+        if state:
+            tensors = {unit: np.array([error]) for unit, error in of_block.items()}
+            state.save_block(FIRST, index, tensors, {})
+        progress(index + 1, depth, f"first errors {index + 1}/{depth}")
+    found = {(index, unit): of[unit] for index, of in enumerate(errors) for unit in units}
+    return FirstErrors(of_unit=found)
 
 
 def _gain(units: Sequence[Mapping[str, Any]]) -> str:

@@ -47,8 +47,10 @@ CACHED: Final = 1 << 15
 """Weights rounded at a time: about twenty passes over what a processor's own cache holds."""
 
 
-def exponents(switches: Switches) -> tuple[float, ...]:
-    """The grid: k / 20, without 1 in the published form."""
+def exponents(switches: Switches, *, coarse: bool = False) -> tuple[float, ...]:
+    """The grid: k / 20, without 1 in the published form; every other one of them in a coarse ``auto``."""
+    if switches.grid == "auto":
+        return tuple(k / 20 for k in range(0, 21, 2 if coarse else 1))
     return tuple(k / 20 for k in range(int(switches.grid)))
 
 
@@ -171,7 +173,8 @@ def search(unit: UnitView, switches: Switches) -> Found:
     """
     m = statistic(unit, switches)
     compat = switches.compat == "mbq"
-    candidates = {alpha: scale(m, alpha, compat=compat) for alpha in exponents(switches)}
+    grid = exponents(switches, coarse=unit.coarse)
+    candidates = {alpha: scale(m, alpha, compat=compat) for alpha in grid}
     scored = score(unit, [*candidates.values()], switches)
     usable = torch.where(scored.last, scored.values, torch.inf)
     ranked = torch.argsort(usable, stable=True).tolist()

@@ -12,6 +12,7 @@ one; attention needs the keys and values of every token that a drawn one may loo
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from mbq_export.calibrate.excerpt import Drawn, Excerpt
     from mbq_export.families.base import Smooth, TextShape
     from mbq_export.schemes.base import QuantScheme
+
+    Read = Callable[[], Iterator[Tensor]]
 
 KEEP_BYTES: Final = 512 << 20
 """Calls of a block are kept for its four searches if they fit; else the block is run again for each."""
@@ -97,6 +100,7 @@ class UnitView:
         group_size: Columns that share a scale.
         r: Measured weight of vision tokens, for the balanced statistic.
         weights: Class weights of the loss; None weighs all real tokens alike.
+        coarse: Whether half of the exponents will do, where the grid is ``auto``.
         statistics: Of the unit's inputs.
         steps: Draws of tokens that stand for all, the smaller first; none where only all will do.
         calls: All tokens, in batches; may be iterated over more than once.
@@ -113,6 +117,7 @@ class UnitView:
     statistics: Statistics
     steps: tuple[Step, ...]
     calls: Callable[[], Iterator[Call]]
+    coarse: bool = False
 
     @property
     def inspected(self) -> nn.Module:
@@ -137,12 +142,14 @@ class BlockObservation:
 
     Attributes:
         outputs: Per batch, the block's output: the next block's input.
+        read: Rows that stand in for those of a unit.
         statistics: By unit.
         steps: By unit, where tokens were drawn.
         kept: By unit, all calls, if they are wanted and fit in `KEEP_BYTES`.
     """
 
     outputs: list[Tensor] = field(default_factory=list)
+    read: Read | None = None
     statistics: dict[str, Statistics] = field(default_factory=dict)
     steps: dict[str, tuple[Step, ...]] = field(default_factory=dict)
     kept: dict[str, list[Call]] = field(default_factory=dict)
@@ -170,6 +177,8 @@ def run_and_watch(
     index: int,
     batches: Sequence[tuple[Batch, Tensor]],
     places: Sequence[Smooth],
+    *,
+    read: Read | None = None,
 ) -> Iterator[tuple[Tensor, dict[str, Call]]]:
     """Run a block over batches and yield, per batch, its output and the call of each place's module.
 
@@ -179,6 +188,7 @@ def run_and_watch(
         index: Its position.
         batches: Batches with the block's input rows.
         places: Units to watch.
+        read: Rows per batch that calls have in place of their own, for a single place; the output stays.
     """
     seen: dict[str, tuple[Tensor, Mapping[str, Any], Tensor]] = {}
     handles = [
@@ -187,14 +197,15 @@ def run_and_watch(
         )
         for place in places
     ]
+    other = itertools.repeat(None) if read is None else read()
     try:
-        for batch, hidden in batches:
+        for (batch, hidden), instead in zip(batches, other, strict=False):
             output = stream.run(block, index, batch, hidden)
             yield (
                 output,
                 {
                     unit: Call(
-                        rows=rows,
+                        rows=rows if instead is None else instead,
                         arguments=arguments,
                         output=result,
                         classes=batch.classes.flatten(),
@@ -220,7 +231,7 @@ def _note(
     return note
 
 
-def observe(
+def observe(  # noqa: PLR0913 - what a run of a block needs, and what is kept of it
     stream: BlockStream,
     block: nn.Module,
     index: int,
@@ -228,6 +239,7 @@ def observe(
     *,
     places: Sequence[Smooth],
     draws: Draws | None,
+    read: Read | None = None,
 ) -> BlockObservation:
     """Run a block once over everything and keep what its searches need.
 
@@ -238,15 +250,16 @@ def observe(
         batches: Batches with the block's input rows.
         places: Units to watch.
         draws: Tokens that stand for all; None to look at all of them.
+        read: See `run_and_watch`.
     """
-    found = BlockObservation()
+    found = BlockObservation(read=read)
     sums: dict[str, Tensor] = {}
     peaks: dict[str, Tensor] = {}
     parts: dict[str, list[Sequence[Excerpt | None]]] = {place.unit: [] for place in places}
     keep = draws is None and _fits(block, batches, places)
     tokens = sum((token_counts(batch.classes.flatten()) for batch, _ in batches), torch.zeros(()))
     for position, (output, calls) in enumerate(
-        run_and_watch(stream, block, index, batches, places)
+        run_and_watch(stream, block, index, batches, places, read=read)
     ):
         found.outputs.append(output)
         for unit, call in calls.items():

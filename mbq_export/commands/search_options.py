@@ -32,7 +32,17 @@ Grid = Annotated[
     typer.Option(
         "--grid",
         rich_help_panel=PANEL,
-        help="Exponents: 21 from 0 to 1, or 20 without 1, as published. Default: by method.",
+        help="Exponents: 21 from 0 to 1, 20 without 1, as published, or auto: 11 where plain rounding costs least, "
+        "else 21. Default: by method.",
+        show_default=False,
+    ),
+]
+Prefix = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix",
+        rich_help_panel=PANEL,
+        help="Inputs of the search: fp, or quantized, as blocks before leave them once rounded. Default: fp.",
         show_default=False,
     ),
 ]

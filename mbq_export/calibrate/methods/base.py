@@ -69,7 +69,9 @@ class Method:
 
     def needs_ratios(self, switches: Switches) -> bool:
         """Whether gradients must be measured for these switches, by the search or by error feedback."""
-        search = self.scales is not None and (self.balanced or switches.stat == "balanced")
+        search = self.scales is not None and (
+            self.balanced or switches.stat == "balanced" or switches.grid == "auto"
+        )
         return search or (switches.rounding == "gptq" and switches.hessian != "plain")
 
     def resolve(self, chosen: Mapping[str, Any]) -> Switches:
