@@ -47,6 +47,9 @@ CALIB_SCHEMA: Final = "mbq-export/calib@1"
 SENSITIVITY_SCHEMA: Final = "mbq-export/sensitivity@1"
 JSON_LIMIT_BYTES: Final = 64 << 20
 
+FOR_WIDTHS: Final = "for_widths"
+"""Where `SENSITIVITY_FILE` keeps gradients that only a choice of widths asked for: nothing else looks at them."""
+
 OF_FEEDBACK: Final = ("hessian", "gptq_prefix", "asym", "damp")
 """Switches that decide nothing, and are not stored, unless ``rounding`` is "gptq"."""
 OF_SCOPE: Final = ("search_scope", "qvlm_measure", "search_alpha")

@@ -17,7 +17,7 @@ from mbq_export.calibrate.methods import METHODS
 from mbq_export.calibrate.moved_rows import MovedRows
 from mbq_export.calibrate.sensitivity import sensitivity
 from mbq_export.calibrate.smooth import Job, smooth_block
-from mbq_export.channel_scales import ChannelScales
+from mbq_export.channel_scales import FOR_WIDTHS, ChannelScales
 from mbq_export.errors import FormatError, UsageError, located
 from mbq_export.families.base import TOKEN_CLASSES
 from mbq_export.progress import Progress, silent
@@ -56,6 +56,7 @@ class Recipe:
         facts: Recorded as they are: ``model`` {"id", "sha256"}, ``data`` {"sha256", ...}. No paths.
         text_only_ok: Go on without image tokens; vision then weighs nothing.
         sensitivity: An edited `sensitivity.json` to use in place of a measurement.
+        for_widths: Measure gradients for a choice of widths, even if the method asks for none; it does not see them then.
     """
 
     scheme: QuantScheme
@@ -65,6 +66,7 @@ class Recipe:
     facts: Mapping[str, Any] = field(default_factory=dict)
     text_only_ok: bool = False
     sensitivity: Mapping[str, Any] | None = None
+    for_widths: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +106,16 @@ def calibrate(
     """
     method = METHODS[recipe.switches.method]
     _check_groups(model, recipe)
-    if method.scales is None and not method.needs_ratios(recipe.switches):
+    needed = method.needs_ratios(recipe.switches)
+    if method.scales is None and not needed and not recipe.for_widths:
         return _result(model, inputs, recipe, report={}, found=[])
     _check_tokens(inputs, recipe)
     stream = BlockStream(model)
     batches = stream.begin(inputs)
     depth = len(stream)
-    report = recipe.sensitivity or {}
+    report = kept = recipe.sensitivity or {}
     total = depth * (1 + (recipe.switches.grid == "auto")) if method.scales else 0
-    if method.needs_ratios(recipe.switches) and not report:
+    if (needed or recipe.for_widths) and not report:
         total += 2 * depth
         gradients = _gradients(
             stream,
@@ -121,9 +124,10 @@ def calibrate(
             state,
             _Pass(progress=progress, start=0, total=total),
         )
-        report = _report(model, inputs, recipe, gradients)
+        measured = _report(model, inputs, recipe, gradients)
+        report, kept = (measured, measured) if needed else ({}, {FOR_WIDTHS: measured})
     if method.scales is None:
-        return _result(model, inputs, recipe, report=report, found=[])
+        return _result(model, inputs, recipe, report=kept, found=[])
     job = Job(
         stream=stream,
         places=model.family.smooth,
@@ -140,7 +144,7 @@ def calibrate(
         job = replace(job, first=_first(job, batches, state, pass_))
     search = _Pass(progress=progress, start=total - depth, total=total)
     found = _blocks(job, batches, state, search)
-    return _result(model, inputs, recipe, report=report, found=found)
+    return _result(model, inputs, recipe, report=kept, found=found)
 
 
 _Block = tuple[Mapping[str, "NDArray[np.float32]"], Mapping[str, Any]]
@@ -263,7 +267,11 @@ def _result(
         "group_size": recipe.group_size,
         "seed": recipe.seed,
         "switches": recipe.switches.resolved(),
-        "ratios": "none" if not report else "user" if recipe.sensitivity else "measured",
+        "ratios": "none"
+        if not report.get("layers")
+        else "user"
+        if recipe.sensitivity
+        else "measured",
         "algorithm": ALGORITHM,
         "dtype": str(next(model.module.parameters()).dtype).removeprefix("torch."),
     }

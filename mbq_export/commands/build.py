@@ -14,6 +14,7 @@ from mbq_export.commands import (
     number_options,
     options,
     search_options,
+    width_options,
 )
 from mbq_export.commands.console import Console
 from mbq_export.errors import UsageError
@@ -57,6 +58,10 @@ def command(
     wbits: number_options.WeightBits = None,
     scheme: number_options.Scheme = None,
     group_size: number_options.GroupSize = None,
+    avg_bits: width_options.AvgBits = None,
+    bits: width_options.Bits = None,
+    bytes_budget: width_options.BytesBudget = None,
+    latency_table: width_options.LatencyTable = None,
     lm_head_bits: number_options.HeadBits = 16,
     method: number_options.Method = "mbq",
     compat: number_options.Compat = "none",
@@ -178,6 +183,9 @@ def command(
         weight_bits=wbits,
         scheme=scheme,
         group_size=number_options.group_size(group_size),
+        mixed=width_options.mixed_bits(
+            avg_bits=avg_bits, bits=bits, bytes_budget=bytes_budget, latency_table=latency_table
+        ),
         lm_head_bits=lm_head_bits,
         method=method,
         replaced=number_options.switches(

@@ -2,7 +2,7 @@
 
 import typer
 
-from mbq_export.commands import number_options, options, search_options
+from mbq_export.commands import number_options, options, search_options, width_options
 from mbq_export.commands.console import Console
 from mbq_export.errors import UsageError, located
 
@@ -25,6 +25,8 @@ def command(
     search_scope: number_options.SearchScope = None,
     qvlm_measure: number_options.QvlmMeasure = None,
     search_alpha: number_options.SearchAlpha = None,
+    avg_bits: width_options.AvgBits = None,
+    bytes_budget: width_options.BytesBudget = None,
     import_scales: number_options.ImportScales = None,
     stat: search_options.Stat = None,
     loss: search_options.Loss = None,
@@ -44,6 +46,8 @@ def command(
     force: options.Force = False,
 ) -> None:
     """Find channel scales: gradients per token class, then a search per unit.
+
+    A budget of bits changes no scale; with it gradients are measured for quantize to decide by, whatever the method.
 
     mbq-export calibrate --model tiny-llava-ov -o scales
     """
@@ -84,6 +88,9 @@ def command(
                 search_prompt_weight=search_prompt_weight,
                 modality_weight=modality_weight,
             ),
+        ),
+        mixed=width_options.mixed_bits(
+            avg_bits=avg_bits, bits=None, bytes_budget=bytes_budget, latency_table=None
         ),
         import_scales=import_scales,
         sensitivity=sensitivity,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mbq_export.commands import number_options, options
+from mbq_export.commands import number_options, options, width_options
 from mbq_export.commands.console import Console
 from mbq_export.errors import UsageError, located
 
@@ -39,6 +39,10 @@ def command(
             show_default=False,
         ),
     ] = None,
+    avg_bits: width_options.AvgBits = None,
+    bits: width_options.Bits = None,
+    bytes_budget: width_options.BytesBudget = None,
+    latency_table: width_options.LatencyTable = None,
     lm_head_bits: number_options.HeadBits = 16,
     rounding: number_options.Rounding = None,
     clip: number_options.Clip = None,
@@ -84,6 +88,9 @@ def command(
         qvlm_measure=qvlm_measure,
         search_alpha=search_alpha,
     )
+    mixed = width_options.mixed_bits(
+        avg_bits=avg_bits, bits=bits, bytes_budget=bytes_budget, latency_table=latency_table
+    )
     if scales is None:
         request = BuildRequest(
             model=model,
@@ -91,6 +98,7 @@ def command(
             weight_bits=wbits,
             scheme=scheme,
             group_size=number_options.group_size(group_size),
+            mixed=mixed,
             lm_head_bits=lm_head_bits,
             replaced=chosen,
             data=data,
@@ -108,15 +116,15 @@ def command(
     found = replace(found, calib={**found.calib, "switches": switches.resolved()})
     drawn = found.calib.get("data", {})
     # A head is judged on data, if there is any.
-    looks = switches.looks_at_data or (
-        lm_head_bits != BuildRequest.lm_head_bits and data is not None
-    )
+    outside = lm_head_bits != BuildRequest.lm_head_bits and data is not None
+    looks = switches.looks_at_data or mixed.chooses or outside
     request = BuildRequest(
         model=model,
         out=out,
         weight_bits=wbits,
         scheme=scheme or (found.calib.get("scheme") if wbits is None else None),
         group_size=number_options.group_size(group_size),
+        mixed=mixed,
         lm_head_bits=lm_head_bits,
         method=switches.method,
         replaced=chosen,
@@ -144,6 +152,7 @@ def command(
             group_size=plan.group_size,
             out=out,
             samples=samples_of_scales(plan, loaded, found) if looks else None,
+            mixed=mixed,
             head=plan.head,
             progress=progress,
         )

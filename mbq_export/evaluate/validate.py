@@ -46,7 +46,7 @@ from mbq_export.progress import Progress, silent
 from mbq_export.report import Check, Measurement, Report, shown
 from mbq_export.runtime import default_lowering, lowerings_of
 from mbq_export.runtime.host import engine_dtype, engine_folder
-from mbq_export.schemes import SCHEMES
+from mbq_export.schemes import schemes_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -246,14 +246,13 @@ class _Run:
             self.checks += self.quality(chosen.full_precision, samples)
 
     def quality(self, folder: Path, samples: Sequence[ModelInputs]) -> list[Check]:
-        """Compare the checkpoint's model with the full-precision one."""
+        """Compare the checkpoint's model with the full-precision one, by the gates of its narrowest codes."""
         scheme = self.checkpoint.scheme_name
         if scheme == KEPT:
             return []
         model = self.oracle.model.family.load(folder)
-        return quality_checks(
-            Oracle(model), self.oracle, samples, QUALITY[SCHEMES[scheme].weight_bits]
-        )
+        narrowest = schemes_named(scheme)[0]
+        return quality_checks(Oracle(model), self.oracle, samples, QUALITY[narrowest.weight_bits])
 
     def tokens(self) -> None:
         """Compare answers."""

@@ -6,7 +6,7 @@ from typing import Final
 from mbq_export.checkpoint import KEPT
 from mbq_export.errors import UsageError
 from mbq_export.export.lowerings import LOWERINGS
-from mbq_export.schemes import SCHEMES
+from mbq_export.schemes import schemes_named
 
 PREFERRED: Final = {"ort": ("qdq", "reference"), "trt": ("plugin", "qdq")}
 """Lowerings by target, best first."""
@@ -19,7 +19,8 @@ def fitting_lowering(names: tuple[str, ...], *, scheme: str, group_size: int, ta
 
     Args:
         names: Best first, `PREFERRED` of the target or what a backend reads; not empty.
-        scheme: Name of the number format; the unquantized baseline fits standard operators only.
+        scheme: Name of the number format, or of several that are mixed; the unquantized baseline fits standard
+            operators only.
         group_size: Columns that share a scale.
         target: ``ort`` or ``trt``.
 
@@ -31,8 +32,9 @@ def fitting_lowering(names: tuple[str, ...], *, scheme: str, group_size: int, ta
         if scheme == KEPT:
             if name == UNQUANTIZED:
                 return name
-        elif lowering.supports(SCHEMES[scheme], target) is None:
+        elif all(lowering.supports(each, target) is None for each in schemes_named(scheme)):
             with suppress(UsageError):
-                lowering.check_group(SCHEMES[scheme], group_size)
+                for each in schemes_named(scheme):
+                    lowering.check_group(each, group_size)
                 return name
     return names[-1]

@@ -56,6 +56,7 @@ def channel_scales(
         facts=facts,
         text_only_ok=plan.request.text_only_ok,
         sensitivity=plan.ratios,
+        for_widths=plan.request.mixed.chooses,
     )
     return calibrate(model, inputs, recipe, state=state, progress=progress)
 
@@ -74,7 +75,8 @@ def samples_of_scales(plan: Plan, model: LoadedModel, scales: ChannelScales) -> 
     Raises:
         FormatError: E4315 if the plan's data is not that of the scales, E43xx for the data.
     """
-    looks = scales.switches.looks_at_data or plan.head is not None
+    chooses = plan.request.mixed.chooses
+    looks = scales.switches.looks_at_data or chooses or plan.head is not None
     if plan.scheme is None or plan.data is None or not looks:
         return None
     data, longest = plan.data, plan.text.max_positions

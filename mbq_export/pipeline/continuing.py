@@ -30,7 +30,7 @@ from mbq_export.pipeline.request import (
 )
 from mbq_export.progress import Progress
 from mbq_export.reading import sha256_of
-from mbq_export.schemes import SCHEMES
+from mbq_export.schemes import schemes_named
 from mbq_export.writing import explained, refuse_existing, refuse_inside
 
 CALIBRATION: Final = "calibration"
@@ -80,7 +80,9 @@ def continued_plan(request: BuildRequest) -> Plan:
     family = family_of(config)
     text = family.text_shape(config)
     check_context(request, text, family.vision_shape(config))
-    scheme = None if checkpoint.scheme_name == KEPT else SCHEMES[checkpoint.scheme_name]
+    name = checkpoint.scheme_name
+    # Formats that can be mixed have the same forms: the first stands for all.
+    scheme = None if name == KEPT else schemes_named(name)[0]
     request = _decided_by(request, bundle, group_size=checkpoint.group_size)
     targets, skipped = targets_of(request)
     if not targets:

@@ -38,10 +38,11 @@ from mbq_export.pipeline.request import (
     targets_of,
 )
 from mbq_export.pipeline.take_over import SWITCHES, decided_by, foreign_of
+from mbq_export.pipeline.widths import check_widths, width_facts, width_row
 from mbq_export.quantize.foreign import ForeignCheckpoint
 from mbq_export.quantize.head import HeadFormat
 from mbq_export.reading import sha256_of
-from mbq_export.schemes.base import CHANNEL, QuantScheme, group_name
+from mbq_export.schemes.base import CHANNEL, QuantScheme
 from mbq_export.schemes.layouts import LAYOUTS
 from mbq_export.state import revision_of
 from mbq_export.target import Target
@@ -166,12 +167,13 @@ class Plan:
             return [("everything", linears, "16", "baseline: --wbits 16")]
         group = self.group_size
         bits = self.scheme.bits_per_weight(group)
+        width, form = width_row(self.request, self.scheme, group)
         return [
             (
                 "decoder linears",
                 linears,
-                f"{bits:.3f}",
-                f"{self.scheme.name} {group_name(group)}, {self.switches.method}"
+                width,
+                f"{form}, {self.switches.method}"
                 + (", scales of others" if self.request.import_scales else ""),
             ),
             ("vision tower, projector", 1, "16", "policy: small, and sensitive"),
@@ -206,6 +208,8 @@ def make_plan(request: BuildRequest) -> Plan:
         for _, k in linear_shapes(text).values():
             scheme.check_columns(k, group_size_of(request, scheme))
     head_of(request, text, scheme)
+    group_size = group_size_of(request, scheme)
+    check_widths(request, scheme, group_size=group_size, family=family, text=text, foreign=foreign)
     check_context(request, text, family.vision_shape(config))
     family.check(
         source.folder,
@@ -328,6 +332,7 @@ def fingerprint(plan: Plan, model: Mapping[str, object]) -> dict[str, object]:
             **published_facts(request),
             **head_facts(request),
             **ratio_facts(request),
+            **width_facts(request),
         },
         "graphs": {
             "max_context": plan.max_context,

@@ -16,6 +16,7 @@ from mbq_export.families.locate import SHIPPED
 from mbq_export.native import local_gpu
 from mbq_export.pipeline.engine_options import EngineOptions
 from mbq_export.pipeline.levels import check_version
+from mbq_export.quantize.widths import MixedBits
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import QuantScheme
 from mbq_export.target import AUTO, SERVED, Target
@@ -34,6 +35,7 @@ class BuildRequest:
         out: Bundle folder to make.
         weight_bits: 3, 4, or 16 for the unquantized baseline; None is 3, or what the scheme says.
         scheme: Says the same as ``weight_bits``, or None.
+        mixed: Widths of single units, or a budget that decides them.
         lm_head_bits: 16 keeps the output head, 8 or 4 make it codes of its own.
         group_size: Columns that share a scale, 0 for one scale per output channel; None takes the scheme's own.
         method: Name of a preset.
@@ -70,6 +72,7 @@ class BuildRequest:
     out: Path
     weight_bits: int | None = None
     scheme: str | None = None
+    mixed: MixedBits = field(default_factory=MixedBits)
     lm_head_bits: int = 16
     group_size: int | None = None
     method: str = "mbq"
@@ -203,7 +206,7 @@ def data_of(request: BuildRequest) -> CalibrationData:
         or replaced.get("clip", "none") != "none"
         or replaced.get("search_scope") == "block"
     )
-    blind = request.method == "rtn" and not looks
+    blind = request.method == "rtn" and not looks and not request.mixed.chooses
     if name is None and (request.model == SHIPPED or blind):
         name = DEFAULT_DATA
     if name is None:

@@ -238,6 +238,7 @@ def _quantize(work: _Work, model: LoadedModel, progress: Progress) -> None:
         group_size=plan.group_size,
         out=work.folder(WEIGHTS),
         samples=samples_of_scales(plan, model, scales),
+        mixed=plan.request.mixed,
         head=plan.head,
         state=work.state,
         progress=progress,

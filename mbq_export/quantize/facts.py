@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mbq_export import __version__
 from mbq_export.checkpoint import CONFIG_FILE, KEPT, SCHEMA, SCHEMA_MAJOR, activation_of
 from mbq_export.reading import sha256_of
-from mbq_export.schemes import SCHEMES
+from mbq_export.schemes import JOINT, SCHEMES
 from mbq_export.schemes.base import CHANNEL, FULL_PRECISION_BITS
 from mbq_export.schemes.layouts.dense import LAYOUT
 
@@ -74,7 +74,7 @@ def number_facts(rounding: Rounding, linears: Sequence[Mapping[str, Any]] = ()) 
 def scheme_names(linears: Sequence[Mapping[str, Any]]) -> str:
     """Names of all number formats of some rows, joined by a plus, fewest bits first; empty without rows."""
     names = {row["scheme"] for row in linears}
-    return "+".join(sorted(names, key=lambda name: (SCHEMES[name].weight_bits, name)))
+    return JOINT.join(sorted(names, key=lambda name: (SCHEMES[name].weight_bits, name)))
 
 
 def _mean_bits(linears: Sequence[Mapping[str, Any]]) -> float | int:

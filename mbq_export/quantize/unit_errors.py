@@ -17,6 +17,7 @@ from mbq_export.blocks.gram import Gram
 from mbq_export.blocks.ratios import weighings
 from mbq_export.blocks.reading import rows_read_by
 from mbq_export.blocks.tokens import count_classes
+from mbq_export.channel_scales import FOR_WIDTHS
 from mbq_export.errors import UsageError, located
 from mbq_export.progress import Progress, silent
 from mbq_export.quantize.apply import nearest_codes, stored_dtype
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 STAGE: Final = "widths"
 DIGITS: Final = 9
 """As many as are stored, so that a resumed run decides by the same numbers."""
-FOR_WIDTHS: Final = "for_widths"
-"""Where `sensitivity.json` keeps gradients that a method without ratios did not ask for."""
 
 Errors = dict[int, float]
 """Predicted error by bits."""

@@ -10,14 +10,14 @@ import torch
 
 from mbq_export.backends.torch import fake_quant_model
 from mbq_export.blocks.stream import BlockStream
-from mbq_export.channel_scales import ChannelScales, Switches
+from mbq_export.channel_scales import FOR_WIDTHS, ChannelScales, Switches
 from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import UsageError
 from mbq_export.families.base import LoadedModel
 from mbq_export.quantize import quantize
 from mbq_export.quantize.apply import Rounding
 from mbq_export.quantize.feedback import Samples
-from mbq_export.quantize.unit_errors import FOR_WIDTHS, UnitErrors
+from mbq_export.quantize.unit_errors import UnitErrors
 from mbq_export.quantize.widths import MixedBits
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.oracle import dequantized
