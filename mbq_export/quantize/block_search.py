@@ -228,16 +228,17 @@ class BlockSearch:
         whole = self._rows(self._whole, before)
         few = whole if self._few_rows is None else self._rows(self._few_rows, before)
         chosen = joint.search(few, whole)
+        errors = {"plain": _short(chosen.plain), "best": _short(chosen.best)}
         record = {
             "ratios": list(chosen.ratios),
-            "J": {"plain": _short(chosen.plain), "best": _short(chosen.best)},
+            "J": errors,
             "samples": sum(len(batch.samples) for batch, _ in few),
             "exact": chosen.exact,
         }
         if self._switches.search_alpha:
             text = self._model.text
             found = descend(joint, chosen.ratios, whole, self._scales, text=text)
-            record["J"] |= {"moved": _short(found.error)}
+            errors["moved"] = _short(found.error)
             record["exponents"] = {
                 f"{layer}.{unit}": alpha for (layer, unit), alpha in sorted(found.exponents.items())
             }

@@ -127,7 +127,7 @@ def _tried(
     joint: Joint, scales: ChannelScales, start: Exponents, text: TextShape
 ) -> dict[tuple[int, str], list[float]]:
     """Exponents of each unit, its own first; without those whose scale a 16-bit norm cannot take."""
-    tried = {}
+    tried: dict[tuple[int, str], list[float]] = {}
     for half in joint.halves:
         for place in half.smooth:
             key = (half.index, place.unit)
