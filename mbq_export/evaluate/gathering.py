@@ -28,7 +28,7 @@ LAYERS: Final = "layers.json"
 VALIDATE: Final = "validate"
 BENCH: Final = "bench"
 QUALITY_SCHEMA: Final = "mbq-export/quality"
-QUALITY_MAJOR: Final = 1
+QUALITY_MAJOR: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -159,7 +159,9 @@ def _check_lines(source: str, subject: str, check: Check) -> Iterator[Cells]:
 
 def _quality_lines(quality: Quality) -> Iterator[Cells]:
     for row in items(quality.content.get("rows")):
-        model = " ".join(words(row.get(key)) for key in ("variant", "method", "group", "seed"))
+        model = " ".join(
+            words(row.get(key)) for key in ("model", "variant", "method", "format", "draw")
+        )
         found: dict[tuple[str, str], Any] = {
             ("accuracy", end): dig(row, "accuracy", end) for end in ("value", "low", "high")
         }

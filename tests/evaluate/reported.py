@@ -297,8 +297,9 @@ def quality() -> dict[str, Any]:
     def summary(accuracy: float, nats: float) -> dict[str, Any]:
         distance = {"mean": {"value": nats, "low": nats * 0.9, "high": nats * 1.1}}
         return {
+            "model": "seed0",
             "variant": "plain",
-            "seed": 0,
+            "draw": 0,
             "accuracy": {"value": accuracy, "low": accuracy - 0.01, "high": accuracy + 0.01},
             "questions": 5000,
             "pictures": 900,
@@ -308,23 +309,24 @@ def quality() -> dict[str, Any]:
 
     interval = {"value": -0.01, "low": -0.02, "high": -0.001}
     return {
-        "schema": "mbq-export/quality@1",
+        "schema": "mbq-export/quality@2",
         "setup": {
             "model": "tiny-llava-ov",
-            "scheme": "w3a16",
             "device": "cpu",
             "blind_accuracy": 0.3,
         },
         "rows": [
-            {"method": "fp", "group": 0, **summary(0.9, 0.0)},
-            {"method": "rtn", "group": 128, **summary(0.89, 0.02)},
+            {"method": "fp", "format": "fp", "title": "", **summary(0.9, 0.0)},
+            {"method": "rtn", "format": "w3-g128", "title": "W3 g128", **summary(0.89, 0.02)},
         ],
         "pairs": [
             {
+                "model": "seed0",
                 "variant": "plain",
-                "group": 128,
+                "format": "w3-g128",
+                "title": "W3 g128",
                 "method": "rtn",
-                "seed": 0,
+                "draw": 0,
                 "against": "fp",
                 "accuracy": interval,
                 "kl": interval,

@@ -1,7 +1,6 @@
 """The exam on the shipped sample model, against itself, a distorted copy and single questions."""
 
 import copy
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from docs.benchmarks.quality import Row, quantized, variant_model
+from docs.benchmarks.quality import trained
+from docs.benchmarks.quality_cells import SHIPPED, Cell, Setting
+from docs.benchmarks.quality_run import Bench
 from mbq_export.calibrate.shapes import Scene, evaluation_scenes
 from mbq_export.evaluate.metrics import divergences
 from mbq_export.evaluate.packed import Rows, accuracy, answer_scenes, encoder, pack
@@ -172,37 +173,29 @@ def test_a_difference_is_stated_only_if_every_seed_shows_it(
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> Namespace:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Fewer pictures and samples than the published table, another draw."""
-    work = tmp_path_factory.mktemp("quality")
-    return Namespace(images=200, seed=6, samples=24, seeds=1, work=work)
+    setting = Setting(images=200, seed=6, samples=24)
+    folder = tmp_path_factory.mktemp("quality")
+    return Bench({SHIPPED: trained(WEIGHTS)}, setting, work=folder, scratch=folder)
 
 
 @pytest.fixture(scope="module")
-def plain(options: Namespace) -> dict[str, Paper]:
-    return taken("plain", ("mbq",), options)
+def plain(bench: Bench) -> dict[str, Paper]:
+    return taken(bench, "plain", ("mbq",))
 
 
 @pytest.fixture(scope="module")
-def stress(options: Namespace) -> dict[str, Paper]:
-    return taken("stress", ("rtn", "awq", "mbq"), options)
+def stress(bench: Bench) -> dict[str, Paper]:
+    return taken(bench, "stress", ("rtn", "awq", "mbq"))
 
 
-def taken(variant: str, methods: tuple[str, ...], options: Namespace) -> dict[str, Paper]:
+def taken(bench: Bench, variant: str, methods: tuple[str, ...]) -> dict[str, Paper]:
     """Papers of a variant by method, groups of 128, and of full precision."""
-    model = variant_model(variant, options.work)
-    rows = [Row(variant, 0, "fp"), *(Row(variant, 128, method) for method in methods)]
-    exam = Exam(
-        model.module,
-        list(evaluation_scenes(options.images, seed=options.seed)),
-        encoder(model.processor.tokenizer),
-    )
-    return {
-        row.method: exam.take(
-            (model if row.method == "fp" else quantized(model, row, options)).module
-        )
-        for row in rows
-    }
+    cells = [
+        Cell(model=SHIPPED, variant=variant, format="w3-g128", method=method) for method in methods
+    ]
+    return {cell.method: bench.paper(cell) for cell in (cells[0].full, *cells)}
 
 
 @pytest.mark.slow

@@ -60,11 +60,11 @@ def _quality(quality: Quality) -> list[Block]:
     blocks: list[Block] = [Note(text=_setup(quality.content.get("setup"), rows[0]))]
     for variant in dict.fromkeys(words(row.get("variant")) for row in rows):
         own = [row for row in rows if words(row.get("variant")) == variant]
-        # Draws of the calibration data differ less than methods do; one is shown, all are in the file.
-        first = [row for row in own if row.get("seed") in (0, None)]
-        paired = [
-            p for p in pairs if words(p.get("variant")) == variant and p.get("seed") in (0, None)
-        ]
+        # Training seeds and draws of the calibration data differ less than methods do; one of each is shown, all are in
+        # the file.
+        shown = rows[0].get("model")
+        first = [row for row in own if _is_shown(row, shown)]
+        paired = [p for p in pairs if words(p.get("variant")) == variant and _is_shown(p, shown)]
         name = VARIANTS.get(variant, variant)
         blocks += [Heading(text=name), *_figures(first, name), _table(first)]
         if paired:
@@ -76,15 +76,19 @@ def _setup(setup: Any, row: Mapping[str, Any]) -> str:
     model, device = words(dig(setup, "model")), words(dig(setup, "device"))
     blind = percent(dig(setup, "blind_accuracy"))
     return (
-        f"{model}, {words(dig(setup, 'scheme'))}, {device}: exact match on {words(row.get('questions'))} questions about "
+        f"{model}, {device}: exact match on {words(row.get('questions'))} questions about "
         f"{words(row.get('pictures'))} pictures, 95 % intervals resample pictures. "
         f"Answering without looking gives {blind or 'not recorded'}. Calibration draw 0."
     )
 
 
+def _is_shown(row: Mapping[str, Any], model: object) -> bool:
+    return row.get("model") == model and row.get("draw") in (0, None)
+
+
 def _label(row: Mapping[str, Any]) -> str:
     method = words(row.get("method"))
-    return "full precision" if method == FULL else f"{method} g{words(row.get('group'))}"
+    return "full precision" if method == FULL else f"{method} {words(row.get('title'))}"
 
 
 def _figures(rows: Sequence[Mapping[str, Any]], variant: str) -> list[Figure]:

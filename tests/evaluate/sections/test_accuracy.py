@@ -33,16 +33,25 @@ def test_quality_is_drawn_per_variant_with_full_precision_as_the_reference() -> 
     assert heading == Heading(text="sample model")
     assert isinstance(accuracy, Figure)
     assert accuracy.drawing.text == (
-        "In %. full precision: 90, from 89 to 91; rtn g128: 89, from 88 to 90."
+        "In %. full precision: 90, from 89 to 91; rtn W3 g128: 89, from 88 to 90."
     )
     assert 'class="reference"' in accuracy.drawing.svg
     assert isinstance(distance, Figure)
-    assert distance.drawing.text == "In nats. rtn g128: 0.02, from 0.018 to 0.022."
+    assert distance.drawing.text == "In nats. rtn W3 g128: 0.02, from 0.018 to 0.022."
     assert isinstance(rows, Table)
-    assert rows.rows[1] == ("rtn g128", "89.0 %", "88.0 to 90.0 %", *("0.02",) * 3, "89.0 %")
+    assert rows.rows[1] == ("rtn W3 g128", "89.0 %", "88.0 to 90.0 %", *("0.02",) * 3, "89.0 %")
     assert isinstance(pairs, Table)
     assert pairs.rows == (
-        ("rtn g128 against full precision", "-1", "-2", "-0.1", "-0.01", "-0.02", "-0.001", "0.03"),
+        (
+            "rtn W3 g128 against full precision",
+            "-1",
+            "-2",
+            "-0.1",
+            "-0.01",
+            "-0.02",
+            "-0.001",
+            "0.03",
+        ),
     )
 
 
@@ -53,9 +62,10 @@ def test_the_stress_variant_is_called_synthetic() -> None:
     assert all("synthetic outliers" in figure.title for figure in figures)
 
 
-def test_other_draws_of_the_calibration_data_are_left_to_the_file() -> None:
+def test_other_seeds_and_draws_are_left_to_the_file() -> None:
     table: dict[str, Any] = quality()
-    table["rows"].append({**table["rows"][1], "seed": 1})
+    table["rows"].append({**table["rows"][1], "draw": 1})
+    table["rows"].append({**table["rows"][1], "model": "seed1"})
     shown = [b for b in section(found_of(quality=table)).blocks if isinstance(b, Table)]
     assert len(shown[0].rows) == 2
 
