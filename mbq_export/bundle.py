@@ -32,6 +32,9 @@ ENGINES: Final = "engines"
 REPORTS: Final = "reports"
 LOGS: Final = "logs"
 
+FAKE_QUANT: Final = "fake_quant"
+"""Fact of a manifest whose bundle was made to evaluate a checkpoint, and holds neither graphs nor engines."""
+
 # Written after the work they describe, with times in them: hashed in the provenance, not the manifest.
 VOLATILE: Final = (REPORTS, LOGS)
 MANIFEST_LIMIT_BYTES: Final = 16 << 20
@@ -87,6 +90,11 @@ class Bundle:
     def reports(self) -> Path:
         """Results of the gates of the build."""
         return self.root / REPORTS
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether it was made to be deployed, not to evaluate its checkpoint alone."""
+        return self.manifest.get(FAKE_QUANT) is not True
 
     @property
     def name(self) -> str:

@@ -75,6 +75,7 @@ def command(
     qvlm_measure: number_options.QvlmMeasure = None,
     search_alpha: number_options.SearchAlpha = None,
     import_scales: number_options.ImportScales = None,
+    fake_quant: number_options.FakeQuant = False,
     stat: search_options.Stat = None,
     loss: search_options.Loss = None,
     grid: search_options.Grid = None,
@@ -212,6 +213,7 @@ def command(
             ),
         ),
         import_scales=import_scales,
+        fake_quant=fake_quant,
         sensitivity=sensitivity,
         data=data,
         samples=samples,
@@ -284,7 +286,7 @@ def _start(
         name
         for each in (calibrate, quantize)
         for name in inspect.signature(each.command).parameters
-    } | {"model", "wbits", "scheme"}
+    } | {"model", "wbits", "scheme", "fake_quant"}
     before |= {"max_context", "kv", "op_level", "engine_dtype"} if first == ENGINE else set()
     for name in sorted(before - STILL_GOOD):
         source = context.get_parameter_source(name)

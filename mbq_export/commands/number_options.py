@@ -13,7 +13,7 @@ WeightBits = Annotated[
     typer.Option(
         "--wbits",
         rich_help_panel=PANEL,
-        help="Weight bits: 3, 4, or 16 for the unquantized baseline.",
+        help="Weight bits: 3, 4, 8, or 16 for the unquantized baseline; 2 with --fake-quant.",
     ),
 ]
 Scheme = Annotated[
@@ -21,7 +21,8 @@ Scheme = Annotated[
     typer.Option(
         "--scheme",
         rich_help_panel=PANEL,
-        help="w3a16, w4a16 or w4a8. The first two say the same as --wbits; w4a8 also rounds activations to 8 bits.",
+        help="w3a16, w4a16 and w8a16 say the same as --wbits; w4a8 and w8a8 also round activations to 8 bits. With "
+        "--fake-quant also w4a4, w6a6 and w2a16.",
         show_default=False,
     ),
 ]
@@ -30,8 +31,8 @@ GroupSize = Annotated[
     typer.Option(
         "--group-size",
         rich_help_panel=PANEL,
-        help="Columns that share a scale: 32, 64, 128, or channel. Default: 128; channel for w4a8, whose 128 has "
-        "no qdq form.",
+        help="Columns that share a scale: 32, 64, 128, or channel. Default: 128; 64 for w2a16; channel for w4a8, "
+        "whose 128 has no qdq form, and the only one of other symmetric formats.",
         show_default=False,
     ),
 ]
@@ -144,6 +145,15 @@ SearchAlpha = Annotated[
         rich_help_panel=PANEL,
         help="Let that search move the exponents of channel scales by a step, too. Default: no.",
         show_default=False,
+    ),
+]
+FakeQuant = Annotated[
+    bool,
+    typer.Option(
+        "--fake-quant",
+        rich_help_panel=PANEL,
+        help="Evaluate only: a checkpoint, its exact match and its KL to full precision on held-out questions; no "
+        "graphs, no engines. For formats that have no kernel, and for a first look at any.",
     ),
 ]
 ImportScales = Annotated[

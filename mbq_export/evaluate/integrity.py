@@ -48,7 +48,7 @@ def check_structure(
     Bundle.open(bundle.root, verify=True, progress=progress)
     with located("weights"):
         checkpoint = QuantCheckpoint.open(bundle.checkpoint_folder, verify=True)
-    graphs = read_json(bundle.onnx / RECORD, code="E4604")["graphs"]
+    graphs = read_json(bundle.onnx / RECORD, code="E4604")["graphs"] if bundle.has_graphs else []
     tiled = 0
     for graph in graphs:
         path = contained(bundle.onnx, graph["file"], code="E4605")

@@ -147,6 +147,8 @@ def check_forms(checkpoint: QuantCheckpoint, forms: tuple[GraphForm, ...], *, lo
             that lacks the cache, or for two forms of one file name, E2006 for one without a form of its groups,
             E2009 for more than ``longest`` positions.
     """
+    for record in checkpoint.records.values():
+        record.scheme.check_deployable()
     for form in forms:
         if form.max_context is not None and form.max_context > longest:
             raise UsageError(

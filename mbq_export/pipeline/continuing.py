@@ -75,6 +75,13 @@ def continued_plan(request: BuildRequest) -> Plan:
     check_gate(request)
     check_runtime(request)
     bundle = Bundle.open(folder, verify=True)
+    if not bundle.has_graphs:
+        raise UsageError(
+            "E2006",
+            f"{bundle.name} holds a checkpoint and a study of it, no graphs.",
+            why="it was built with --fake-quant",
+            fix="mbq-export build --model MODEL, without --fake-quant",
+        )
     checkpoint = QuantCheckpoint.open(bundle.checkpoint_folder, verify=False)
     config = read_config(bundle.checkpoint_folder)
     family = family_of(config)

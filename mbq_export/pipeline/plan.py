@@ -23,6 +23,7 @@ from mbq_export.export.lowerings import LOWERINGS
 from mbq_export.families.base import LoadedModel, ModelFamily, TextShape, linear_shapes
 from mbq_export.families.locate import ModelSource, family_of, locate, read_config
 from mbq_export.native import available_memory
+from mbq_export.pipeline.fake_quant import check_fake_quant
 from mbq_export.pipeline.head import head_facts, head_of, head_row
 from mbq_export.pipeline.levels import Level, engine_level
 from mbq_export.pipeline.plugins import EngineForm, engine_form
@@ -204,6 +205,9 @@ def make_plan(request: BuildRequest) -> Plan:
     if foreign is not None:
         request = decided_by(request, foreign)
     scheme = scheme_of(request)
+    check_fake_quant(request, scheme, foreign)
+    if request.fake_quant:
+        request = replace(request, targets=("cpu",))
     if scheme is not None:
         for _, k in linear_shapes(text).values():
             scheme.check_columns(k, group_size_of(request, scheme))
@@ -336,6 +340,7 @@ def fingerprint(plan: Plan, model: Mapping[str, object]) -> dict[str, object]:
         },
         "graphs": {
             "max_context": plan.max_context,
+            **({"none": "fake-quant"} if request.fake_quant else {}),
             "targets": [str(target) for target in plan.targets],
             "lowering": plan.lowering,
             "op_level": plan.level.op_level,

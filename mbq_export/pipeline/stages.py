@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from mbq_export import __version__
-from mbq_export.bundle import ENGINES, LOGS, ONNX, REPORTS, WEIGHTS, Bundle, seal
+from mbq_export.bundle import ENGINES, FAKE_QUANT, LOGS, ONNX, REPORTS, WEIGHTS, Bundle, seal
 from mbq_export.channel_scales import ChannelScales
 from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import located
@@ -36,6 +36,7 @@ from mbq_export.pipeline.continuing import (
 from mbq_export.pipeline.engine_dtype import chosen_dtype, known_dtype
 from mbq_export.pipeline.engine_options import BF16, FP16
 from mbq_export.pipeline.engines import build_engines, engine_facts
+from mbq_export.pipeline.fake_quant import REPORT, study_checkpoint, told
 from mbq_export.pipeline.plan import Plan, machine_class, make_plan, package_versions
 from mbq_export.pipeline.plugins import pack_library
 from mbq_export.pipeline.request import BuildRequest
@@ -156,12 +157,15 @@ def build(request: BuildRequest, listener: Listener) -> BuildResult:
         else:
             _take(work, plan.kept)
         checkpoint = QuantCheckpoint.open(work.folder(WEIGHTS), verify=False)
-        if ONNX not in taken_folders(plan):
-            work.run(4, ONNX, lambda progress: _export(work, checkpoint, progress))
-        work.run(5, ENGINES, lambda progress: _engines(work, progress))
+        if plan.request.fake_quant:
+            listener.note(f"[4/{STAGES}] onnx        none: --fake-quant evaluates the checkpoint")
+        else:
+            if ONNX not in taken_folders(plan):
+                work.run(4, ONNX, lambda progress: _export(work, checkpoint, progress))
+            work.run(5, ENGINES, lambda progress: _engines(work, progress))
         staged = state.stage(STAGED)
         facts = _facts(plan, staged, checkpoint)
-        gates = _validate(work, staged, facts)
+        gates = (_study if plan.request.fake_quant else _validate)(work, staged, facts)
         sha256 = seal(
             staged,
             {**facts, "gates": _gate_rows(gates), "gate_override": _override(plan)},
@@ -322,6 +326,23 @@ def _validate(work: _Work, staged: Path, facts: dict[str, Any]) -> Report | None
     return report
 
 
+def _study(work: _Work, staged: Path, facts: dict[str, Any]) -> Report | None:
+    """Hold the staged checkpoint against its model, as full precision has it; no gate judges that."""
+    del facts
+    if work.plan.request.gate == "off":
+        return None
+    started = time.monotonic()
+    checkpoint = QuantCheckpoint.open(work.folder(WEIGHTS), verify=False)
+    with located("study"), work.listener.progress(f"[6/{STAGES}] study") as progress:
+        report = study_checkpoint(checkpoint, work.plan.load(), progress=progress)
+    work.seconds["study"] = round(time.monotonic() - started, 2)
+    work.listener.note(f"[6/{STAGES}] study       {told(report)}")
+    with explained(staged):
+        (staged / REPORTS).mkdir(exist_ok=True)
+    report.write(staged / REPORTS / REPORT)
+    return report
+
+
 def _gate_rows(report: Report | None) -> list[dict[str, Any]]:
     return [] if report is None else [check.as_json() for check in report.checks]
 
@@ -353,6 +374,7 @@ def _facts(plan: Plan, staged: Path, checkpoint: QuantCheckpoint) -> dict[str, A
         "skipped_engines": dict(plan.skipped_engines),
         "lowering": {"engines": plan.form.lowering, "why": plan.form.reason},
         **({} if plan.kept is None else {"from": origin(plan)}),
+        **({FAKE_QUANT: True} if plan.request.fake_quant else {}),
         "engine_dtype": None if plan.lowering is None else dtype.facts(),
     }
 

@@ -146,6 +146,8 @@ def runs_graphs(backend: str) -> bool:
 
 def lowerings_of(bundle: Bundle) -> list[str]:
     """Forms of the decoder graph that ONNX Runtime runs in float32, in the order they were written."""
+    if not bundle.has_graphs:
+        return []
     graphs = read_json(bundle.onnx / RECORD, code="E4604")["graphs"]
     forms = [graph["form"] for graph in graphs if graph["form"] and graph["dtype"] == "fp32"]
     return [form["lowering"] for form in forms if form["target"] == ORT]
@@ -169,9 +171,16 @@ def graph_record(
         lowering: Form of a decoder; the one for ONNX Runtime is taken.
 
     Raises:
-        UsageError: E2001 if there is no such graph, naming those that are there.
+        UsageError: E2001 if there is no such graph, naming those that are there; E2006 if there is none at all.
         FormatError: E4604 for a damaged record.
     """
+    if not bundle.has_graphs:
+        raise UsageError(
+            "E2006",
+            f"{bundle.name} has no graphs.",
+            why="it was built with --fake-quant, to evaluate its checkpoint",
+            fix=("--backend oracle runs the checkpoint itself", "build it without --fake-quant"),
+        )
     graphs = read_json(bundle.onnx / RECORD, code="E4604")["graphs"]
     for graph in graphs:
         form = graph["form"] or {}

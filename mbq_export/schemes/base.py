@@ -73,12 +73,13 @@ class QuantScheme:
 
     Attributes:
         name: The name users type, for example ``w3a16``.
-        number: Its number in the kernel library, given also to formats that wait for a kernel.
+        number: Its number in the kernel library, given also to formats that wait for a kernel; 0 for others.
         weight_bits: Width of a code.
         symmetric: True if there are no zero points.
         group_size: Default columns per scale.
         group_sizes: All it may have; `CHANNEL` stands for one scale per row.
         act_bits: Width of activations; 16 leaves them in the model's dtype.
+        evaluation_only: Whether neither kernels nor graphs compute it: `torch` alone does, to see what it would cost.
         checkpoint_layout: Canonical bit placement on disk.
         kernel_layout: Tile layout that the kernels read; None where there are none.
         linear_reference: Slow, obvious oracle: (M, K) activations and a packed weight to (M, N) float64.
@@ -87,7 +88,6 @@ class QuantScheme:
     """
 
     name: str
-    number: int
     weight_bits: int
     symmetric: bool
     group_size: int
@@ -95,6 +95,8 @@ class QuantScheme:
     checkpoint_layout: str
     linear_reference: LinearReference
     kernel_layout: str | None = None
+    number: int = 0
+    evaluation_only: bool = False
     group_sizes: tuple[int, ...] = GROUP_SIZES
     smallest_code: int = 0
     largest_k: int | None = None
@@ -145,6 +147,23 @@ class QuantScheme:
     def rounds_activations(self) -> bool:
         """Whether activations are rounded too, row by row while the model runs."""
         return self.act_bits != FULL_PRECISION_BITS
+
+    def check_deployable(self, *, fix: str = "") -> None:
+        """Refuse a format that exists for evaluation only, where a graph or a kernel is wanted.
+
+        Args:
+            fix: What else the user may do.
+
+        Raises:
+            UsageError: E2006.
+        """
+        if self.evaluation_only:
+            raise UsageError(
+                "E2006",
+                f"{self.name} exists for evaluation only.",
+                why="no kernel multiplies it, and it has no form in a graph",
+                fix=tuple(filter(None, (fix, "--scheme w3a16, w4a16, w4a8 or w8a8"))),
+            )
 
     def check_columns(self, k: int, group_size: int) -> None:
         """Refuse rows that this scheme cannot hold.

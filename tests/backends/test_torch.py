@@ -51,7 +51,18 @@ def relative(found: NDArray[Any], wanted: NDArray[Any]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "group_size"), [("w3a16", 64), ("w4a16", 64), ("w4a8", CHANNEL), ("w4a8", 128)]
+    ("scheme", "group_size"),
+    [
+        ("w3a16", 64),
+        ("w4a16", 64),
+        ("w4a8", CHANNEL),
+        ("w4a8", 128),
+        ("w8a8", CHANNEL),
+        ("w8a16", CHANNEL),
+        ("w4a4", CHANNEL),
+        ("w6a6", CHANNEL),
+        ("w2a16", 64),
+    ],
 )
 def test_every_linear_equals_the_scheme_s_reference(
     tmp_path: Path, scheme: str, group_size: int
@@ -70,14 +81,18 @@ def test_every_linear_equals_the_scheme_s_reference(
         assert relative(y, wanted) <= LINEAR_RELATIVE, name
 
 
-@pytest.mark.parametrize("group_size", [CHANNEL, 128])
+@pytest.mark.parametrize(
+    ("scheme", "group_size"),
+    [("w4a8", CHANNEL), ("w4a8", 128), ("w8a8", CHANNEL), ("w4a4", CHANNEL), ("w6a6", CHANNEL)],
+)
 def test_linears_that_round_activations_equal_the_oracle_to_the_bit(
-    tmp_path: Path, group_size: int
+    tmp_path: Path, scheme: str, group_size: int
 ) -> None:
     """In groups too: both add float64 numbers that need 53 bits at most, so no order of adding them matters."""
     model = load_tiny(tmp_path / "model")
-    found = tiny_checkpoint(tmp_path / "c", model, scheme="w4a8", group_size=group_size)
+    found = tiny_checkpoint(tmp_path / "c", model, scheme=scheme, group_size=group_size)
     oracle = fake_quant_model(found)
+    bits = SCHEMES[scheme].act_bits
     rng = np.random.default_rng(3)
     for name in found.linears[:4]:
         packed = found.packed(name)
@@ -87,7 +102,7 @@ def test_linears_that_round_activations_equal_the_oracle_to_the_bit(
         with torch.no_grad():
             y = oracle.module.get_submodule(name)(torch.from_numpy(x)).numpy()
         assert y.shape == (2, 9, packed.n)
-        flat = integer_linear(x.reshape(-1, packed.k), packed)
+        flat = integer_linear(x.reshape(-1, packed.k), packed, act_bits=bits)
         np.testing.assert_array_equal(y.reshape(-1, packed.n), flat)
     assert not any(parameter.requires_grad for parameter in oracle.module.parameters())
 

@@ -55,7 +55,7 @@ def test_fingerprint_ignores_the_place_and_follows_the_options(request_: BuildRe
         ({"weight_bits": 5}, "E2005", "--wbits 5 is not a width of any scheme."),
         ({"group_size": 100}, "E2004", "w3a16 has no groups of 100."),
         ({"method": "mqb"}, "E2001", "Unknown method 'mqb'."),
-        ({"scheme": "w2a16"}, "E2001", "Unknown scheme 'w2a16'."),
+        ({"scheme": "w5a16"}, "E2001", "Unknown scheme 'w5a16'."),
         ({"scheme": "w4a8", "group_size": 64}, "E2004", "w4a8 has no groups of 64."),
         ({"group_size": 0}, "E2004", "w3a16 has no groups of a whole channel."),
         (

@@ -23,7 +23,9 @@ from tests.reference import feedback as textbook
 from tests.reference.feedback import Format
 
 FORMATS = [
-    (name, size) for name in ("w3a16", "w4a16", "w4a8") for size in SCHEMES[name].group_sizes
+    (name, size)
+    for name in ("w3a16", "w4a16", "w4a8", "w8a8", "w4a4")
+    for size in SCHEMES[name].group_sizes
 ]
 TWO_BITS = replace(SCHEMES["w3a16"], name="two", weight_bits=2)
 OF_STORED_SCALES = 2e-3

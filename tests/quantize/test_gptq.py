@@ -20,7 +20,9 @@ from mbq_export.schemes.base import CHANNEL
 from tests.reference import feedback as reference
 
 FORMATS = [
-    (name, size) for name in ("w3a16", "w4a16", "w4a8") for size in SCHEMES[name].group_sizes
+    (name, size)
+    for name in ("w3a16", "w4a16", "w4a8", "w8a8", "w6a6", "w2a16")
+    for size in SCHEMES[name].group_sizes
 ]
 FACTOR_RELATIVE = 1e-9
 """float64 products over a few hundred columns of a damped matrix."""

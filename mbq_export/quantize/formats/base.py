@@ -197,12 +197,12 @@ def scheme_of(recipe: Recipe) -> QuantScheme:
     """
     for scheme in SCHEMES.members().values():
         same = (scheme.weight_bits, scheme.act_bits) == (recipe.bits, recipe.act_bits)
-        if same and (recipe.symmetric or not scheme.symmetric):
+        if same and not scheme.evaluation_only and (recipe.symmetric or not scheme.symmetric):
             return scheme
     kind = "symmetric" if recipe.symmetric else "asymmetric"
     raise refused(
         f"It has {kind} codes of {recipe.bits} bits, with activations of {recipe.act_bits} bits.",
-        f"the formats of this release are {', '.join(SCHEMES.names())}",
+        f"the formats of this release are {', '.join(name for name, each in SCHEMES.members().items() if not each.evaluation_only)}",
     )
 
 
@@ -255,7 +255,7 @@ def carried_over(
         group_size: From `fitting_group`.
 
     Raises:
-        FormatError: E4112 if a scale is no fp16 number.
+        FormatError: E4112 if a scale is no fp16 number, E4411 for zero points that a symmetric format cannot keep.
     """
     scales, zeros = carried.scales, carried.zeros
     if group_size != recipe.group_size:
@@ -263,6 +263,13 @@ def carried_over(
         scales = np.repeat(scales, repeats, axis=1)
         zeros = None if zeros is None else np.repeat(zeros, repeats, axis=1)
     if scheme.symmetric:
+        if zeros is not None and (zeros != scheme.middle).any():
+            raise FormatError(
+                "E4411",
+                f"{int((zeros != scheme.middle).sum())} zero points are not {scheme.middle}.",
+                why=f"{scheme.name} is symmetric, as the file says of its codes",
+                fix="check that quantization_config belongs to these weights",
+            )
         zeros = None
     elif zeros is None:
         zeros = np.full(scales.shape, scheme.middle, np.uint8)
