@@ -21,6 +21,7 @@ from mbq_export.channel_scales import FOR_WIDTHS, ChannelScales
 from mbq_export.errors import FormatError, UsageError, located
 from mbq_export.families.base import TOKEN_CLASSES
 from mbq_export.progress import Progress, silent
+from mbq_export.schemes.base import CHANNEL
 from mbq_export.state import fingerprint_of
 
 if TYPE_CHECKING:
@@ -291,6 +292,14 @@ def _result(
 
 
 def _check_groups(model: LoadedModel, recipe: Recipe) -> None:
+    scheme, size = recipe.scheme, recipe.group_size
+    if recipe.switches.compat == "mbq" and scheme.rounds_activations and size != CHANNEL:
+        raise UsageError(
+            "E2002",
+            f"--compat mbq contradicts groups of {size} in {scheme.name}.",
+            why="the published code has one scale per output channel where it rounds activations",
+            fix=("--group-size channel", "leave --compat out"),
+        )
     for linear in model.family.linears:
         path = model.family.linear_path(0, linear)
         with located(path):
