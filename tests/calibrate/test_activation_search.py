@@ -4,25 +4,34 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from mbq_export.blocks.stream import BlockStream
 from mbq_export.calibrate import Recipe, calibrate
 from mbq_export.calibrate.methods import METHODS
-from mbq_export.calibrate.search import search
+from mbq_export.calibrate.search import exponents, scale, search, statistic
+from mbq_export.calibrate.units import UnitView
 from mbq_export.errors import UsageError
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import CHANNEL
 from tests.calibrate.views import RATIOS, views
 from tests.questions import questions, tiny_model
-from tests.reference import activation_search
+from tests.reference import activation_search, moved_rows
 from tests.reference.moved_rows import UNITS
 from tests.tiny import Tiny
 
 MBQ = METHODS["mbq"]
 PER_HEAD = Tiny(kv_heads=4, seed=1)
 SAMPLES = 2
-TIES = 5e-3
-"""A value on a tie may fall to the other code where scales differ by a float32 step."""
+SUMS = 1e-5
+"""The same codes and scales: float32 products, summed in another order."""
+
+
+def by_hand(view: UnitView) -> Tensor:
+    """The scale of exponent one half, from the rows themselves."""
+    rows = torch.cat([call.rows.flatten(0, -2) for call in view.calls()])
+    return moved_rows.scale(rows, 0.5)
 
 
 @pytest.mark.parametrize("loss", ["mae", "mse"])
@@ -44,20 +53,23 @@ def test_every_candidate_has_the_loss_of_the_slow_search(
     switches = MBQ.resolve(chosen if compat == "none" else {**chosen, "compat": compat})
     view = views(model, inputs, switches, scheme=scheme, group_size=group_size)[unit]
     found = search(view, switches)
+    m, published = statistic(view, switches), compat == "mbq"
+    scales = [scale(m, alpha, compat=published) for alpha in exponents(switches)]
+    torch.testing.assert_close(scales[10], by_hand(view), rtol=SUMS, atol=0)
     stream = BlockStream(model)
     wanted = activation_search.search(
         stream,
         stream.begin(inputs),
         unit,
+        scales,
         bits=int(scheme[1]),
         group_size=group_size,
-        points=20 if compat == "mbq" else 21,
         loss=loss,
         r=RATIOS[UNITS[unit][3]],
     )
     curve = [value for _, value in found.record["grid"]]
-    assert curve == pytest.approx(wanted, rel=TIES)
-    assert wanted[round(found.alpha * 20)] == pytest.approx(min(wanted), rel=TIES)
+    assert curve == pytest.approx(wanted, rel=SUMS)
+    assert wanted[round(found.alpha * 20)] == pytest.approx(min(wanted), rel=SUMS)
     assert len({f"{value:.4g}" for value in wanted}) > 10
 
 

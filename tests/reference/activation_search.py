@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mbq_export.blocks.stream import Batch, BlockStream
 from mbq_export.families.base import ANSWER, VISION
 from tests.reference import published
-from tests.reference.moved_rows import UNITS, noted, scale
+from tests.reference.moved_rows import UNITS, noted
 
 
 def rounded_weight(weight: Tensor, *, bits: int, group_size: int) -> Tensor:
@@ -38,26 +38,23 @@ def search(
     stream: BlockStream,
     batches: Sequence[Batch],
     unit: str,
+    scales: Sequence[Tensor],
     *,
     bits: int,
     group_size: int,
-    points: int,
     loss: str,
     r: float,
 ) -> list[float]:
-    """Loss of every exponent for a unit of the first block."""
+    """Loss of every scale for a unit of the first block."""
     names, reads, _, _ = UNITS[unit]
     classes = torch.cat([batch.classes.flatten() for batch in batches])
     form = published.balanced_mae if loss == "mae" else published.balanced_mse
     with stream.block(0) as block:
         seen = noted(stream, block, 0, reads, [(batch, batch.hidden) for batch in batches])
-        inputs = [args[0] if args else named["hidden_states"] for args, named, _ in seen]
-        rows = torch.cat([part.flatten(0, 1) for part in inputs])
         owner = block.get_submodule(reads.split(".", maxsplit=1)[0])
         linears = [owner.get_submodule(name) for name in names]
         curve = []
-        for step in range(points):
-            e = scale(rows, step / 20)
+        for e in scales:
             originals = [linear.weight.clone() for linear in linears]
             handles = [linear.register_forward_pre_hook(divided_by(e)) for linear in linears]
             for linear in linears:
