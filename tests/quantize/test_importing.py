@@ -19,6 +19,7 @@ from mbq_export.quantize.foreign import ForeignCheckpoint
 from mbq_export.quantize.formats import FORMATS
 from mbq_export.quantize.handover import hand_over
 from mbq_export.quantize.importing import import_checkpoint
+from mbq_export.schemes import SCHEMES
 from tests.reference import foreign
 from tests.tiny import Tiny, load_tiny, tiny_checkpoint
 
@@ -48,6 +49,8 @@ def imported(folder: Path, model: LoadedModel, out: Path) -> QuantCheckpoint:
         ("w4a16", 32, "compressed-tensors"),
         ("w4a8", 0, "compressed-tensors"),
         ("w4a8", 128, "compressed-tensors"),
+        ("w8a8", 0, "compressed-tensors"),
+        ("w8a16", 0, "compressed-tensors"),
     ],
 )
 def test_checkpoint_that_went_out_and_came_back_has_the_same_bytes(
@@ -64,7 +67,7 @@ def test_checkpoint_that_went_out_and_came_back_has_the_same_bytes(
         "format": form,
         "variant": "",
         "group_size": group,
-        "symmetric": scheme == "w4a8",
+        "symmetric": SCHEMES[scheme].symmetric,
         "calibration_sha256": None,
         "seed": None,
     }

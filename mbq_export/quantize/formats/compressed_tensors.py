@@ -188,21 +188,22 @@ def check(n: int, k: int, scheme: QuantScheme) -> None:
 
 
 def write(weight: PackedWeight, scheme: QuantScheme) -> dict[str, NDArray[Any]]:
-    """A linear of ours to its tensors: bytes where activations are rounded too, else words."""
+    """A linear of ours to its tensors: bytes where activations are rounded too, else words, without zero points if symmetric."""
     if scheme.rounds_activations:
         codes = unpack(weight.words, bits=scheme.weight_bits, columns=weight.k)
         return {
             "weight": (codes.astype(np.int16) - scheme.middle).astype(np.int8),
             "weight_scale": weight.scales,
         }
-    assert weight.zeros is not None  # of an asymmetric scheme
-    zeros = pack(np.ascontiguousarray(weight.zeros.T), bits=scheme.weight_bits)
-    return {
+    tensors: dict[str, NDArray[Any]] = {
         "weight_packed": weight.words.view(np.int32),
         "weight_scale": weight.scales,
-        "weight_zero_point": np.ascontiguousarray(zeros.T).view(np.int32),
         "weight_shape": np.array([weight.n, weight.k], np.int64),
     }
+    if weight.zeros is not None:
+        zeros = pack(np.ascontiguousarray(weight.zeros.T), bits=scheme.weight_bits)
+        tensors["weight_zero_point"] = np.ascontiguousarray(zeros.T).view(np.int32)
+    return tensors
 
 
 def config(scheme: QuantScheme, group_size: int, kept: Kept) -> dict[str, Any]:
@@ -238,7 +239,7 @@ FORMAT: Final = ForeignFormat(
     marks=("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
     recipe=recipe,
     read=read,
-    schemes=("w3a16", "w4a16", "w4a8"),
+    schemes=("w3a16", "w4a16", "w4a8", "w8a8", "w8a16"),
     check=check,
     write=write,
     config=config,

@@ -68,6 +68,8 @@ def test_odd_value_anywhere_in_the_settings_is_read_or_refused_never_a_traceback
         (4, True, 16, "w4a16"),
         (3, True, 16, "w3a16"),
         (4, True, 8, "w4a8"),
+        (8, True, 8, "w8a8"),
+        (8, True, 16, "w8a16"),
     ],
 )
 def test_scheme_is_the_one_of_these_widths(
@@ -77,7 +79,25 @@ def test_scheme_is_the_one_of_these_widths(
     assert scheme_of(recipe).name == name
 
 
-@pytest.mark.parametrize(("bits", "symmetric", "act_bits"), [(4, False, 8), (5, True, 16)])
+def test_zero_points_that_a_symmetric_format_would_lose_are_refused() -> None:
+    """GPTQ stores them even where it calls its codes symmetric."""
+    zeros = np.full((3, 1), 128, np.uint8)
+    carried = Carried(
+        words=np.zeros((3, 8), np.uint32), scales=np.ones((3, 1), np.float32), zeros=zeros
+    )
+    recipe = Recipe(variant="", bits=8, group_size=CHANNEL, symmetric=True)
+    options = {"k": 32, "recipe": recipe, "scheme": SCHEMES["w8a16"], "group_size": CHANNEL}
+    assert carried_over(carried, **options)[0].zeros is None  # type: ignore[arg-type]
+    zeros[1] = 127
+    with pytest.raises(FormatError, match="1 zero points are not 128") as caught:
+        carried_over(carried, **options)  # type: ignore[arg-type]
+    assert caught.value.code == "E4411"
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "act_bits"),
+    [(4, False, 8), (5, True, 16), (8, False, 16), (2, False, 16), (4, True, 4)],
+)
 def test_widths_that_no_scheme_holds_are_refused(bits: int, symmetric: bool, act_bits: int) -> None:
     recipe = Recipe(variant="", bits=bits, group_size=128, symmetric=symmetric, act_bits=act_bits)
     with pytest.raises(FormatError, match=f"codes of {bits} bits") as caught:

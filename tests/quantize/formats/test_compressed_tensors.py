@@ -8,10 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbq_export.errors import FormatError
-from mbq_export.quantize.formats.base import Kept, StoredLinear, carried_over, scheme_of
+from mbq_export.quantize.formats.base import (
+    Kept,
+    StoredLinear,
+    carried_over,
+    fitting_group,
+    scheme_of,
+)
 from mbq_export.quantize.formats.compressed_tensors import FORMAT, recipe
 from mbq_export.schemes import SCHEMES
-from mbq_export.schemes.base import CHANNEL
+from mbq_export.schemes.base import CHANNEL, check_packed
 from mbq_export.schemes.layouts.dense import unpack
 from tests.reference import foreign
 
@@ -60,26 +66,74 @@ def test_codes_that_do_not_straddle_words_are_told_by_their_number(
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**32), ROWS, st.sampled_from([8, 24, 128]), st.booleans())
+@given(
+    st.integers(0, 2**32),
+    ROWS,
+    st.sampled_from([8, 24, 128]),
+    st.sampled_from([(4, True), (4, False), (8, True)]),
+)
 def test_bytes_of_signed_codes_are_read_and_written_again(
-    seed: int, n: int, k: int, channel: bool
+    seed: int, n: int, k: int, form: tuple[int, bool]
 ) -> None:
+    """Of 8 bits also -128, which llm-compressor writes and rounding of ours never chooses."""
+    bits, channel = form
     group = k if channel or k != 128 else 128
-    linear = foreign.random_linear(np.random.default_rng(seed), n, k, bits=4, group=group)
+    linear = foreign.random_linear(np.random.default_rng(seed), n, k, bits=bits, group=group)
+    linear.codes[0, 0] = 0
     tensors = foreign.int_quantized(linear)
     size = None if channel or k != 128 else group
-    found = recipe(foreign.tensors_settings(4, size, symmetric=True, activations=True))
+    found = recipe(foreign.tensors_settings(bits, size, symmetric=True, activations=True))
     scheme = scheme_of(found)
-    assert scheme.name == "w4a8"
+    assert scheme.name == f"w{bits}a8"
     carried = FORMAT.read(StoredLinear(n=n, k=k, tensors=tensors), found)
     weight, _ = carried_over(carried, k=k, recipe=found, scheme=scheme, group_size=found.group_size)
-    assert np.array_equal(unpack(weight.words, bits=4, columns=k), linear.codes)
+    assert np.array_equal(unpack(weight.words, bits=bits, columns=k), linear.codes)
+    check_packed(weight)
     assert weight.zeros is None
     assert weight.scales.dtype == (np.float32 if size is None else np.float16)
     assert np.array_equal(weight.scales, linear.scales)
     again = FORMAT.write(weight, scheme)
     assert np.array_equal(again["weight"], tensors["weight"])
     assert again["weight"].dtype == np.int8
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), ROWS, st.sampled_from([8, 24, 128]))
+def test_words_of_8_bits_without_zero_points_are_read_and_written_again(
+    seed: int, n: int, k: int
+) -> None:
+    linear = foreign.random_linear(np.random.default_rng(seed), n, k, bits=8, group=k)
+    tensors = foreign.pack_quantized(linear, symmetric=True)
+    found = recipe(foreign.tensors_settings(8, None, symmetric=True))
+    scheme = scheme_of(found)
+    assert scheme.name == "w8a16"
+    carried = FORMAT.read(StoredLinear(n=n, k=k, tensors=tensors), found)
+    weight, _ = carried_over(carried, k=k, recipe=found, scheme=scheme, group_size=CHANNEL)
+    check_packed(weight)
+    assert np.array_equal(unpack(weight.words, bits=8, columns=k), linear.codes)
+    assert weight.zeros is None
+    again = FORMAT.write(weight, scheme)
+    assert again.keys() == tensors.keys()
+    for part, array in tensors.items():
+        assert np.array_equal(again[part], array), part
+
+
+def test_golden_bytes_of_8_bits_are_ours() -> None:
+    tensors = {
+        "weight": np.array([[-127, -1, 0, 100, -128, 127, 1, 2]], np.int8),
+        "weight_scale": np.array([[0.5]], np.float32),
+    }
+    found = recipe(foreign.tensors_settings(8, None, symmetric=True, activations=True))
+    carried = FORMAT.read(StoredLinear(n=1, k=8, tensors=tensors), found)
+    assert carried.words.tolist() == [[0xE4807F01, 0x8281FF00]]
+
+
+def test_groups_of_8_bits_are_refused_because_we_have_none() -> None:
+    found = recipe(foreign.tensors_settings(8, 128, symmetric=True, activations=True))
+    with pytest.raises(FormatError, match="Its groups have 128 columns") as caught:
+        fitting_group(scheme_of(found), found.group_size, (256,))
+    assert caught.value.code == "E4011"
+    assert str(caught.value.why).startswith("w8a8 has groups of channel")
 
 
 def test_golden_words_are_ours() -> None:
@@ -196,7 +250,15 @@ def test_byte_beyond_the_width_is_refused(code: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "group"), [("w3a16", 64), ("w4a16", 128), ("w4a8", CHANNEL), ("w4a8", 128)]
+    ("scheme", "group"),
+    [
+        ("w3a16", 64),
+        ("w4a16", 128),
+        ("w4a8", CHANNEL),
+        ("w4a8", 128),
+        ("w8a8", CHANNEL),
+        ("w8a16", CHANNEL),
+    ],
 )
 def test_settings_written_are_those_read(scheme: str, group: int) -> None:
     kept = Kept(patterns=("lm_head",), modules=("lm_head", "model.vision_tower.fc"))
