@@ -136,6 +136,21 @@ def test_clipping_of_the_stage_alone_is_that_of_the_build(model: Path, tmp_path:
     assert not any("clip" in row for row in plain.document["result"]["linears"])
 
 
+def test_ranges_are_searched_together_for_scales_of_any_method(
+    model: Path, scales_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    fixed = ("quantize", "--model", model, "--scales", scales_of("mbq"), *DATA)
+    line = ("--search-scope", "block", "--qvlm-measure", "mutual-info", "-o", tmp_path / "c")
+    outcome = run(*fixed, *line)
+    assert outcome.status == 0, outcome.err
+    assert "evaluations on" in outcome.err
+    info = QuantCheckpoint.open(tmp_path / "c").info
+    assert all(row["joint"]["J"]["best"] <= row["joint"]["J"]["plain"] for row in info["linears"])
+    method = info["method"]
+    assert (method["name"], method["search_scope"]) == ("mbq", "block")
+    assert (method["qvlm_measure"], method["search_alpha"]) == ("mutual-info", False)
+
+
 def test_feedback_can_be_left_out_and_then_needs_no_data(
     model: Path, scales_of: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -180,6 +195,22 @@ def test_gradients_are_measured_for_feedback_that_weighs_classes(
         ("gptq", (*DATA, "--hessian", "some"), 2, "E2001", "Switch hessian", "--hessian with"),
         ("gptq", (*DATA, "--asym", "2"), 2, "E2001", "Switch asym", "--asym with"),
         ("gptq", (*DATA, "--asym", "half"), 2, "E2003", "neither a number nor auto", ""),
+        (
+            "mbq",
+            ("--qvlm-measure", "mutual-info"),
+            2,
+            "E2002",
+            "--qvlm-measure decides",
+            "--search",
+        ),
+        (
+            "mbq",
+            ("--search-scope", "all"),
+            2,
+            "E2001",
+            "Switch search_scope",
+            "--search-scope with",
+        ),
         ("mbq", (*DATA, "--clip", "row"), 2, "E2001", "Switch clip", "--clip with"),
         ("rtn", ("--clip", "group"), 2, "E2018", "--method rtn needs calibration data", "--data"),
         ("awq", (), 2, "E2018", "--method awq needs calibration data", "--data"),

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,20 @@ def test_without_shrinking_it_is_plain_rounding(name: str, size: int) -> None:
     for part in ("codes", "scales", "zeros"):
         assert torch.equal(getattr(found, part), getattr(wanted, part))
         assert getattr(found, part).dtype == getattr(wanted, part).dtype
+
+
+def test_a_unit_is_rounded_to_its_own_format() -> None:
+    joint, _ = joint_of()
+    half = joint.halves[1]
+    rounding = replace(joint.rounding, units={(0, "down"): SCHEMES["w4a16"]})
+    exact = {name: half.block.get_parameter(f"{name}.weight").clone() for name in half.units}
+    with rounded(half, 0.99, rounding):
+        for name, unit in half.units.items():
+            scheme = SCHEMES["w4a16" if unit == "down" else "w3a16"]
+            wanted = dequantize(round_shrunk(exact[name], 0.99, scheme=scheme, group_size=64))
+            assert torch.equal(half.block.get_parameter(f"{name}.weight"), wanted)
+    for name, weight in exact.items():
+        assert torch.equal(half.block.get_parameter(f"{name}.weight"), weight)
 
 
 def test_combinations_begin_without_clipping_and_miss_none() -> None:
