@@ -87,9 +87,7 @@ class LinearRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantCheckpoint:
-    """Codes, scales and zero points of all quantized linears, and the untouched rest of the model.
-
-    Tensors are read from mapped files when asked for; opening a large checkpoint costs no memory.
+    """All quantized linears and the untouched rest of the model, read from mapped files when asked for.
 
     Attributes:
         folder: Where it lies.
@@ -149,6 +147,11 @@ class QuantCheckpoint:
         return tuple(self.records)
 
     @property
+    def tower(self) -> tuple[str, ...]:
+        """Full module paths of those of the vision tower, which every form of a graph holds alike."""
+        return tuple((self.info.get("vision") or {}).get("linears", ()))
+
+    @property
     def tensors(self) -> tuple[str, ...]:
         """Full names of the untouched tensors, sorted; nothing of a quantized linear is among them."""
         parts = {part for record in self.records.values() for part in record.parts}
@@ -166,11 +169,10 @@ class QuantCheckpoint:
         return name in self.files and self.files[name].entries[name].dtype in FLOATS
 
     def tensor(self, name: str) -> NDArray[np.floating]:
-        """Untouched tensor, or bias of a quantized linear, by its module path.
+        """Untouched tensor, or bias of a quantized linear, by its module path; a tied head is the embedding.
 
         Returns:
-            float16 or float32 as stored (bfloat16 is widened to float32), read-only. A tied head is the
-            embedding.
+            float16 or float32 as stored (bfloat16 is widened to float32), read-only.
 
         Raises:
             FormatError: E4103 if there is none of that name.
@@ -291,6 +293,8 @@ def _check_shape(info: dict[str, Any]) -> None:
                     _malformed(f"{name} in {key} is not of type {member.__name__}")
     if not all(isinstance(target, str) for target in info["tied"].values()):
         _malformed("tied does not map names to names")
+    if not isinstance(info.get("vision"), dict | None):
+        _malformed("vision is no object")
 
 
 def _records(info: dict[str, Any]) -> dict[str, LinearRecord]:
@@ -321,8 +325,9 @@ def _fits(scheme: QuantScheme, k: int, group_size: int) -> bool:
 
 def _check_activation(info: dict[str, Any], records: Mapping[str, LinearRecord]) -> None:
     """Linears that round activations do it in the one way that this release computes, and say so."""
-    rounding = [record.scheme for record in records.values() if record.scheme.rounds_activations]
-    wanted = activation_of(rounding[0] if rounding else None)
+    tower = (info.get("vision") or {}).get("linears", ())
+    schemes = [record.scheme for record in records.values() if record.name not in tower]
+    wanted = activation_of(next((each for each in schemes if each.rounds_activations), None))
     found = info["scheme"].get("activation")
     if found != wanted:
         _malformed(f"activation is {found!r}, its linears are of {wanted!r}")

@@ -23,6 +23,7 @@ from mbq_export.errors import FormatError, InternalError, MachineError, UsageErr
 from mbq_export.families import FAMILIES
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.layouts.tiles import fused, reason_to_keep_apart, tile
+from mbq_export.schemes.oracle import dequantized
 from mbq_kernels.decoder import Decoder
 from mbq_kernels.decoder_weights import (
     BlockWeights,
@@ -182,11 +183,23 @@ class _Source:
     def linear(self, name: str) -> Linear:
         record = self.checkpoint.records.get(name)
         if record is not None:
-            return self._tiled(self.checkpoint.packed(name), record.scheme.name)
+            packed = self.checkpoint.packed(name)
+            if record.scheme.kernel_layout is None and not record.scheme.rounds_activations:
+                return self._dense(packed)
+            return self._tiled(packed, record.scheme.name)
         bias = f"{name}.bias"
         return DenseWeight(
             weight=self.tensor(f"{name}.weight"),
             bias=self.tensor(bias) if self.checkpoint.has(bias) else None,
+        )
+
+    def _dense(self, packed: PackedWeight) -> Linear:
+        """Codes that no kernel reads, an 8-bit head's, as numbers."""
+        values = torch.from_numpy(dequantized(packed).astype(np.float32))
+        bias = None if packed.bias is None else torch.from_numpy(packed.bias.astype(np.float32))
+        return DenseWeight(
+            weight=values.to(self.device, self.dtype),
+            bias=None if bias is None else bias.to(self.device, self.dtype),
         )
 
     def _tiled(self, packed: PackedWeight, scheme: str) -> Linear:

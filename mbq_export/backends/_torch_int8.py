@@ -26,15 +26,19 @@ EXACT_FLOAT32: Final = 1 << 24
 """Integers below are exact in float32, and so are their sums as long as those stay below."""
 
 
-def round_activations(module: nn.Module, checkpoint: QuantCheckpoint) -> None:
+def round_activations(
+    module: nn.Module, checkpoint: QuantCheckpoint, *, but: str | None = None
+) -> None:
     """Replace every linear of a model whose scheme rounds activations.
 
     Args:
         module: The transformers model of the checkpoint.
         checkpoint: Gives the codes.
+        but: Module path whose linears are left as they are.
     """
     for record in checkpoint.records.values():
-        if record.scheme.rounds_activations:
+        left = but is not None and record.name.startswith(f"{but}.")
+        if record.scheme.rounds_activations and not left:
             parent, _, name = record.name.rpartition(".")
             packed, bits = checkpoint.packed(record.name), record.scheme.act_bits
             setattr(module.get_submodule(parent), name, Int8Linear(packed, act_bits=bits))

@@ -56,11 +56,18 @@ def fake_quant_model(checkpoint: QuantCheckpoint) -> LoadedModel:
     """
     family = FAMILIES[checkpoint.info["model"]["family"]]
     loaded = family.load(checkpoint.folder, weights=_dequantizing(checkpoint))
+    _round_activations(loaded, checkpoint)
+    return loaded
+
+
+def _round_activations(
+    loaded: LoadedModel, checkpoint: QuantCheckpoint, *, but: str | None = None
+) -> None:
+    """Let linears round their inputs where their scheme does, but for those under a module path."""
     if any(record.scheme.rounds_activations for record in checkpoint.records.values()):
         from mbq_export.backends._torch_int8 import round_activations
 
-        round_activations(loaded.module, checkpoint)
-    return loaded
+        round_activations(loaded.module, checkpoint, but=but)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +220,7 @@ def kernel_engines(checkpoint: QuantCheckpoint, *, device: str, slots: int) -> K
     family = FAMILIES[checkpoint.info["model"]["family"]]
     weights = _dequantizing(checkpoint)
     model = family.load(checkpoint.folder, weights=weights, meta_blocks=True)
+    _round_activations(model, checkpoint, but=family.blocks)
     family.vision_module(model).to(where)
     return KernelEngines(
         vision=vision_engine(model),

@@ -63,6 +63,7 @@ def command(
     bytes_budget: width_options.BytesBudget = None,
     latency_table: width_options.LatencyTable = None,
     lm_head_bits: number_options.HeadBits = 16,
+    vision_bits: number_options.VisionBits = 16,
     method: number_options.Method = "mbq",
     compat: number_options.Compat = "none",
     rounding: number_options.Rounding = None,
@@ -188,6 +189,7 @@ def command(
             avg_bits=avg_bits, bits=bits, bytes_budget=bytes_budget, latency_table=latency_table
         ),
         lm_head_bits=lm_head_bits,
+        vision_bits=vision_bits,
         method=method,
         replaced=number_options.switches(
             compat,

@@ -45,6 +45,14 @@ HeadBits = Annotated[
         "embedding becomes a tensor of its own.",
     ),
 ]
+VisionBits = Annotated[
+    int,
+    typer.Option(
+        "--vision-bits",
+        rich_help_panel=PANEL,
+        help="Bits of the vision tower: 16 keeps it, 8 is w8a8: weights per channel, activations per token.",
+    ),
+]
 Method = Annotated[
     str,
     typer.Option(

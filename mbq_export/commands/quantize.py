@@ -44,6 +44,7 @@ def command(
     bytes_budget: width_options.BytesBudget = None,
     latency_table: width_options.LatencyTable = None,
     lm_head_bits: number_options.HeadBits = 16,
+    vision_bits: number_options.VisionBits = 16,
     rounding: number_options.Rounding = None,
     clip: number_options.Clip = None,
     hessian: number_options.Hessian = None,
@@ -100,6 +101,7 @@ def command(
             group_size=number_options.group_size(group_size),
             mixed=mixed,
             lm_head_bits=lm_head_bits,
+            vision_bits=vision_bits,
             replaced=chosen,
             data=data,
             targets=("cpu",),
@@ -115,8 +117,8 @@ def command(
     switches = replaced(found.switches, chosen)
     found = replace(found, calib={**found.calib, "switches": switches.resolved()})
     drawn = found.calib.get("data", {})
-    # A head is judged on data, if there is any.
-    outside = lm_head_bits != BuildRequest.lm_head_bits and data is not None
+    # A tower, and a head, look at data, if there is any.
+    outside = {lm_head_bits, vision_bits} != {BuildRequest.vision_bits} and data is not None
     looks = switches.looks_at_data or mixed.chooses or outside
     request = BuildRequest(
         model=model,
@@ -126,6 +128,7 @@ def command(
         group_size=number_options.group_size(group_size),
         mixed=mixed,
         lm_head_bits=lm_head_bits,
+        vision_bits=vision_bits,
         method=switches.method,
         replaced=chosen,
         # Plain nearest rounding looks at no data; what is named then only keeps the plan from asking for some.
@@ -154,6 +157,7 @@ def command(
             samples=samples_of_scales(plan, loaded, found) if looks else None,
             mixed=mixed,
             head=plan.head,
+            tower=plan.tower,
             progress=progress,
         )
     _finish(console, plan, checkpoint)

@@ -40,6 +40,7 @@ from mbq_export.export.record import (
     LinearPart,
     file_name,
 )
+from mbq_export.export.rounded_vision import packed
 from mbq_export.export.save import constant_bytes, node_counts, ports_of, save_graph
 from mbq_export.progress import Progress, silent
 from mbq_export.reading import sha256_of
@@ -158,9 +159,16 @@ def check_forms(checkpoint: QuantCheckpoint, forms: tuple[GraphForm, ...], *, lo
                 fix=f"--max-context {longest}",
             )
         profile_for(form)
-        kinds = {(record.scheme, record.group_size) for record in checkpoint.records.values()}
+        kinds = {
+            (record.scheme, record.group_size)
+            for name, record in checkpoint.records.items()
+            if name not in checkpoint.tower
+        }
         for scheme, group_size in sorted(kinds, key=lambda kind: (kind[0].name, kind[1])):
-            _check_scheme(form, scheme, group_size)
+            without = scheme.name not in ops.PLUGINS and not scheme.rounds_activations
+            # An 8-bit head is written in standard operators beside the plugins.
+            stand_in = without and form.lowering == "plugin"
+            _check_scheme(replace(form, lowering="qdq") if stand_in else form, scheme, group_size)
         if not kinds:
             _check_dtype(form, None)
     names = [form.file_name for form in forms]
@@ -238,8 +246,14 @@ class _Export:
         traced = vision.vision_graph(self.checkpoint, family=self.family, profile=profile)
         for dtype in sorted(dtypes, key=DTYPES.index):
             graph = traced if dtype == "fp32" else vision.halved(traced, dtype)
+            linears: tuple[LinearNode, ...] = ()
+            if self.checkpoint.tower:
+                graph = packed(graph, self.checkpoint)
+                linears = linear_nodes(graph)
+                LOWERINGS["qdq"].lower(graph, "ort")  # which TensorRT reads, too: 8 bits are INT8
             file = file_name(vision.GRAPH_NAME, dtype)
-            yield self.written(graph, file, dtype, profile, _traced_limits(levels))
+            record = self.written(graph, file, dtype, profile, _traced_limits(levels))
+            yield replace(record, linears=linears)
 
     def profile(self, form: GraphForm) -> OpProfile:
         """Op level of a decoder of this checkpoint."""
@@ -310,13 +324,15 @@ def layouts_of(model: ir.Model) -> dict[str, int]:
 
 
 def _plugin_layers(model: ir.Model, planned: tuple[LinearNode, ...]) -> dict[str, tuple[str, ...]]:
-    """Nodes that an engine must hold as plugins: every quantized linear that there was before lowering.
+    """Nodes that an engine must hold as plugins: every linear that one multiplies, as there were before lowering.
 
     Raises:
         InternalError: E9001 if a linear got lost on the way: an engine would lack it without a word.
     """
     wanted = ops.plugin_layers(
-        (ops.OPS[linear.scheme].name, linear.node) for linear in planned if linear.scheme != KEPT
+        (ops.OPS[linear.scheme].name, linear.node)
+        for linear in planned
+        if linear.scheme in ops.PLUGINS
     )
     if json.loads(model.metadata_props[ops.PLUGIN_LAYERS]) != wanted:
         raise InternalError("E9001", "The plugin graph lost a linear while it was lowered.")

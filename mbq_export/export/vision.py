@@ -17,11 +17,16 @@ import torch
 from mbq_export import __version__
 from mbq_export.errors import FormatError, InternalError
 from mbq_export.export import ops
-from mbq_export.export.graph import DTYPES, PRODUCER
+from mbq_export.export.graph import (
+    DTYPES,
+    PRODUCER,
+)
 from mbq_export.export.passes import PASSES
 from mbq_export.export.passes.halve_floats import halve
+from mbq_export.export.rounded_vision import mark
 from mbq_export.families.weights import SourceWeights, StoredTensor
 from mbq_export.reading import TensorEntry
+from mbq_export.schemes.oracle import dequantized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,19 +48,21 @@ def vision_graph(
     """Trace tower and projector in fp32.
 
     Args:
-        checkpoint: Holds their weights, which are never quantized.
+        checkpoint: Holds their weights; `rounded_vision` puts codes in the place of those that are some.
         family: Builds the module.
         profile: Gives the opset.
 
     Raises:
         InternalError: E9001 if the tracer returns no graph.
     """
-    model = family.load(checkpoint.folder, meta_blocks=True, weights=_tower_weights(checkpoint))
+    weights = _tower_weights(checkpoint, head=family.head)
+    model = family.load(checkpoint.folder, meta_blocks=True, weights=weights)
     shape = model.vision
+    tower = family.vision_module(model)
     pixels = torch.zeros(EXAMPLE_TILES, shape.channels, shape.image_size, shape.image_size)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            family.vision_module(model),
+            tower,
             (pixels,),
             dynamo=True,
             opset_version=profile.opset,
@@ -68,6 +75,7 @@ def vision_graph(
         raise InternalError("E9001", "The tracer returned no vision graph.")
     traced: ir.Model = program.model
     PASSES["strip_metadata"].run(traced)
+    mark(traced, model, tower, checkpoint.tower)
     traced.graph.name = GRAPH_NAME
     traced.ir_version = profile.ir_version
     traced.producer_name, traced.producer_version = PRODUCER, __version__
@@ -100,20 +108,26 @@ def halved(model: ir.Model, dtype: str) -> ir.Model:
 class _TowerWeights(SourceWeights):
     """A checkpoint as a loader sees it that leaves the decoder's blocks alone.
 
-    What else is packed, the head, has no part in the tower: zeros that take no memory stand for it.
+    A packed head has no part in the tower: zeros that take no memory stand for it.
     """
 
     checkpoint: QuantCheckpoint
+    head: str
 
     def read(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        if name.removesuffix(".weight") in self.checkpoint.records:
+        linear = name.removesuffix(".weight")
+        if linear == self.head and linear in self.checkpoint.records:
             tensor = torch.zeros(1, 1).expand(self.tensors[name].entry.shape)
+        elif linear in self.checkpoint.records:
+            tensor = torch.from_numpy(
+                dequantized(self.checkpoint.packed(linear)).astype(np.float32)
+            )
         else:
             tensor = torch.from_numpy(np.array(self.checkpoint.tensor(name)))
         return tensor if dtype is None else tensor.to(dtype)
 
 
-def _tower_weights(checkpoint: QuantCheckpoint) -> _TowerWeights:
+def _tower_weights(checkpoint: QuantCheckpoint, *, head: str) -> _TowerWeights:
     shapes = {name: checkpoint.tensor(name).shape for name in checkpoint.tensors}
     for record in checkpoint.records.values():
         shapes[f"{record.name}.weight"] = (record.n, record.k)
@@ -128,7 +142,7 @@ def _tower_weights(checkpoint: QuantCheckpoint) -> _TowerWeights:
         for name, shape in sorted(shapes.items())
     }
     return _TowerWeights(
-        folder=checkpoint.folder, tensors=tensors, stamps={}, checkpoint=checkpoint
+        folder=checkpoint.folder, tensors=tensors, stamps={}, checkpoint=checkpoint, head=head
     )
 
 

@@ -12,6 +12,7 @@ FAMILIES = Folder(
             "anyres",
             "base",
             "chat",
+            "tower",
             "fields",
             "inputs",
             "loading",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mbq_export.families.inputs import Processor
+    from mbq_export.families.tower import TowerPlace
     from mbq_export.families.weights import SourceWeights
 
 PAD: Final = 0
@@ -269,6 +270,7 @@ class ModelFamily:
         token_masks: Classifies tokens.
         vision_module: Tower and projector as one torch module: (tiles, 3, h, w) to (tiles,
             tokens_per_tile, hidden). Shares the loaded model's weights.
+        tower_places: Linears of the tower that `vision_module` runs and that may be rounded to 8 bits, in its order.
         merge_images: Packs features on the host.
         renames: Regular expressions over stored names and what replaces them, for tensors by module path.
     """
@@ -290,6 +292,7 @@ class ModelFamily:
     check: Check
     token_masks: TokenMasks
     vision_module: Callable[["LoadedModel"], "nn.Module"]
+    tower_places: Callable[["LoadedModel"], "tuple[TowerPlace, ...]"]
     merge_images: MergeImages
     renames: Sequence[tuple[str, str]] = ()
 

@@ -41,6 +41,7 @@ from mbq_export.families.loading import (
     refuse_quantized,
 )
 from mbq_export.families.locate import read_config
+from mbq_export.families.tower import TowerPlace, siglip_places
 from mbq_export.families.weights import SourceWeights
 
 if TYPE_CHECKING:
@@ -261,6 +262,13 @@ def vision_module(model: LoadedModel) -> "nn.Module":
     return TowerAndProjector(part("model.vision_tower"), part("model.multi_modal_projector")).eval()
 
 
+def tower_places(model: LoadedModel) -> tuple[TowerPlace, ...]:
+    """Return the linears of all layers that `vision_module` runs."""
+    count = model.config["vision_config"].get("num_hidden_layers", 26)
+    layers = range(max(_feature_layers(model.config, count)))
+    return siglip_places(*(f"model.vision_tower.encoder.layers.{layer}" for layer in layers))
+
+
 def merge_images(
     features: NDArray[np.floating],
     *,
@@ -383,6 +391,7 @@ FAMILY: Final = ModelFamily(
     check=check,
     token_masks=token_masks,
     vision_module=vision_module,
+    tower_places=tower_places,
     merge_images=merge_images,
     renames=RENAMES,
 )

@@ -76,7 +76,8 @@ def samples_of_scales(plan: Plan, model: LoadedModel, scales: ChannelScales) -> 
         FormatError: E4315 if the plan's data is not that of the scales, E43xx for the data.
     """
     chooses = plan.request.mixed.chooses
-    looks = scales.switches.looks_at_data or chooses or plan.head is not None
+    outside = plan.head is not None or plan.tower is not None
+    looks = scales.switches.looks_at_data or chooses or outside
     if plan.scheme is None or plan.data is None or not looks:
         return None
     data, longest = plan.data, plan.text.max_positions

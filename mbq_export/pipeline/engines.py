@@ -141,7 +141,8 @@ def engine_graph(
         sizes: One range per symbol of its inputs.
     """
     quantized = [linear for linear in graph.linears if linear.scheme != KEPT]
-    standard = [] if graph.plugin_layers else quantized
+    plugins = {name for names in graph.plugin_layers.values() for name in names}
+    standard = [linear for linear in quantized if linear.node not in plugins]
     return EngineGraph(
         name=name,
         onnx=onnx / graph.file,

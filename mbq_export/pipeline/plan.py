@@ -24,8 +24,8 @@ from mbq_export.families.base import LoadedModel, ModelFamily, TextShape, linear
 from mbq_export.families.locate import ModelSource, family_of, locate, read_config
 from mbq_export.native import available_memory
 from mbq_export.pipeline.fake_quant import check_fake_quant
-from mbq_export.pipeline.head import head_facts, head_of, head_row
 from mbq_export.pipeline.levels import Level, engine_level
+from mbq_export.pipeline.outside import head_of, head_row, outside_facts, tower_of, tower_row
 from mbq_export.pipeline.plugins import EngineForm, engine_form
 from mbq_export.pipeline.published import needs_data, published_facts
 from mbq_export.pipeline.ratios import ratio_facts, ratios_of
@@ -123,6 +123,11 @@ class Plan:
         return head_of(self.request, self.text, self.scheme)
 
     @property
+    def tower(self) -> QuantScheme | None:
+        """Format of the vision tower; None where it stays as it is."""
+        return tower_of(self.request, self.scheme)
+
+    @property
     def lowering(self) -> str | None:
         """Form of the decoder that engines are built from; None if there are none to build."""
         return self.form.lowering
@@ -177,7 +182,7 @@ class Plan:
                 f"{form}, {self.switches.method}"
                 + (", scales of others" if self.request.import_scales else ""),
             ),
-            ("vision tower, projector", 1, "16", "policy: small, and sensitive"),
+            tower_row(self.tower),
             ("token embedding", 1, "16", "policy: one row per token"),
             head_row(self.head, self.text, block_bits=bits * self.quantized_weights),
             ("norms, biases", linears, "16", "policy: no matrices"),
@@ -212,6 +217,7 @@ def make_plan(request: BuildRequest) -> Plan:
         for _, k in linear_shapes(text).values():
             scheme.check_columns(k, group_size_of(request, scheme))
     head_of(request, text, scheme)
+    tower_of(request, scheme)
     group_size = group_size_of(request, scheme)
     check_widths(request, scheme, group_size=group_size, family=family, text=text, foreign=foreign)
     check_context(request, text, family.vision_shape(config))
@@ -334,7 +340,7 @@ def fingerprint(plan: Plan, model: Mapping[str, object]) -> dict[str, object]:
             "group_size": plan.group_size,
             "switches": plan.switches.resolved(),
             **published_facts(request),
-            **head_facts(request),
+            **outside_facts(request),
             **ratio_facts(request),
             **width_facts(request),
         },

@@ -37,6 +37,7 @@ class BuildRequest:
         scheme: Says the same as ``weight_bits``, or None.
         mixed: Widths of single units, or a budget that decides them.
         lm_head_bits: 16 keeps the output head, 8 or 4 make it codes of its own.
+        vision_bits: 16 keeps the vision tower, 8 rounds its weights and activations.
         group_size: Columns that share a scale, 0 for one scale per output channel; None takes the scheme's own.
         method: Name of a preset.
         replaced: Switches of the preset that the user set.
@@ -75,6 +76,7 @@ class BuildRequest:
     scheme: str | None = None
     mixed: MixedBits = field(default_factory=MixedBits)
     lm_head_bits: int = 16
+    vision_bits: int = 16
     group_size: int | None = None
     method: str = "mbq"
     replaced: Mapping[str, Any] = field(default_factory=dict)

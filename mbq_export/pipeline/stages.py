@@ -244,6 +244,7 @@ def _quantize(work: _Work, model: LoadedModel, progress: Progress) -> None:
         samples=samples_of_scales(plan, model, scales),
         mixed=plan.request.mixed,
         head=plan.head,
+        tower=plan.tower,
         state=work.state,
         progress=progress,
     )

@@ -57,6 +57,10 @@ def decided_by(request: BuildRequest, foreign: ForeignCheckpoint) -> BuildReques
         _contradiction(
             foreign, f"--lm-head-bits {request.lm_head_bits}", "its head is taken as it is"
         )
+    if request.vision_bits != BuildRequest.vision_bits:
+        _contradiction(
+            foreign, f"--vision-bits {request.vision_bits}", "its tower is taken as it is"
+        )
     if request.data is not None:
         _contradiction(foreign, f"--data {request.data}", "its codes are taken as they are")
     if request.import_scales is not None:

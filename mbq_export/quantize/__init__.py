@@ -31,6 +31,7 @@ from mbq_export.quantize.facts import (
 )
 from mbq_export.quantize.feedback import Feedback, Samples
 from mbq_export.quantize.head import HeadFormat, finished_head, warn_of
+from mbq_export.quantize.tower import quantize_tower
 from mbq_export.quantize.write import write_checkpoint
 from mbq_export.writing import explained, partial_path, publish
 
@@ -60,6 +61,7 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
     samples: Samples | None = None,
     mixed: MixedBits | None = None,
     head: HeadFormat | None = None,
+    tower: QuantScheme | None = None,
     state: State | None = None,
     progress: Progress = silent,
 ) -> QuantCheckpoint:
@@ -74,6 +76,7 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
         samples: What error feedback and clipping look at, and a rounded head is judged by; not used without them.
         mixed: Widths of units in place of the scheme's; its `check` passed.
         head: Number format of the output head; None keeps it as it is. Goes with a scheme only.
+        tower: Number format of the vision tower, likewise; needs samples with pictures.
         state: Finished blocks are kept in it and not done again. That it belongs to the same arguments is
             its opener's business. Without it they are kept in memory.
         progress: Called after each block.
@@ -111,22 +114,32 @@ def quantize(  # noqa: PLR0913 - the whole input of a stage, by keyword
     if head is not None:
         rest.pop(f"{model.family.head}.weight", None)
         warn_of(blocks[-1].linears[0])
+    vision = None if tower is None else quantize_tower(model, tower, samples)
+    kept = {n: exact(t, model, n) for n, t in rest.items()}
+    if vision is not None:
+        kept = {n: t for n, t in kept.items() if n not in vision.replaced} | dict(vision.tensors)
     rows = [row for block in blocks[: len(stream)] for row in block.linears]
+    outside = [
+        *(row for block in blocks[len(stream) :] for row in block.linears),
+        *(() if vision is None else vision.linears),
+    ]
+    coded = [row["name"] for row in outside]
     numbers = number_facts(rounding, rows)
     # A state usually lies where the output would be staged by itself.
     staged = state.stage(STAGE) if state else partial_path(out)
     write_checkpoint(
         staged,
-        [*(block.tensors for block in blocks), {n: exact(t, model, n) for n, t in rest.items()}],
+        [*(block.tensors for block in blocks), kept],
         info={
             **model_facts(model, hashes, head),
             **numbers,
             **({} if allocation is None else {"mixed": allocation.record}),
             "method": _method_facts(scales),
-            "linears": [row for block in blocks for row in block.linears],
-            "skipped": skipped_modules(model, rounding, head),
+            "linears": [*rows, *outside],
+            "vision": None if vision is None else dict(vision.facts),
+            "skipped": skipped_modules(model, rounding, coded),
         },
-        config=config_with_quantization(model, rounding, head, bits=numbers["scheme"]["bits"]),
+        config=config_with_quantization(model, rounding, coded, bits=numbers["scheme"]["bits"]),
         source=model.folder,
     )
     with explained(out):

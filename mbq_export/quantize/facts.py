@@ -13,7 +13,7 @@ from mbq_export.schemes.base import CHANNEL, FULL_PRECISION_BITS
 from mbq_export.schemes.layouts.dense import LAYOUT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from mbq_export.families.base import LoadedModel
     from mbq_export.quantize.apply import Rounding
@@ -87,16 +87,16 @@ def _mean_bits(linears: Sequence[Mapping[str, Any]]) -> float | int:
 
 
 def skipped_modules(
-    model: LoadedModel, rounding: Rounding, head: HeadFormat | None = None
+    model: LoadedModel, rounding: Rounding, coded: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Which matrices stay in floating point, by pattern, and why."""
+    """Which matrices stay in floating point, by pattern, and why; ``coded`` are those outside of blocks that do not."""
     blocks = model.family.blocks
     counts: dict[str, int] = {}
     for name, module in model.module.named_modules():
         weight = getattr(module, "weight", None)
         if weight is None or weight.dim() < 2 or name.startswith(f"{blocks}."):
             continue
-        if head is not None and name == model.family.head:
+        if name in coded:
             continue
         top = ".".join(name.split(".")[:2])
         pattern = name if top == name or blocks.startswith(f"{top}.") else f"{top}.*"
@@ -111,7 +111,7 @@ def skipped_modules(
 def config_with_quantization(
     model: LoadedModel,
     rounding: Rounding,
-    head: HeadFormat | None = None,
+    coded: Collection[str] = (),
     *,
     bits: float | None = None,
 ) -> Mapping[str, Any]:
@@ -123,7 +123,7 @@ def config_with_quantization(
     if rounding.scheme is None:
         return model.config
     config = dict(model.config)
-    if head is not None and model.text.tied_head:
+    if model.family.head in coded and model.text.tied_head:
         config[TIED] = False
         config["text_config"] = {**config.get("text_config", {}), TIED: False}
     return {
@@ -136,7 +136,7 @@ def config_with_quantization(
             "format": f"mbq-{LAYOUT.name}",
             "version": LAYOUT.version,
             "modules_to_not_convert": [
-                row["pattern"] for row in skipped_modules(model, rounding, head)
+                row["pattern"] for row in skipped_modules(model, rounding, coded)
             ],
         },
     }

@@ -260,9 +260,11 @@ def divergence(rows: Tensor, weight: Tensor, codes: Codes) -> float:
 
 def _rounded(weight: Tensor, form: HeadFormat, rows: HeadRows) -> tuple[Codes, dict[str, Any]]:
     """Codes of the whole head, and what `mbq.json` says about error feedback."""
-    format_of = {"scheme": form.scheme, "group_size": form.group_size}
     if rows.read is None:
-        parts = [quantize(weight[part].float(), **format_of) for part in _parts(len(weight))]
+        parts = [
+            quantize(weight[part].float(), scheme=form.scheme, group_size=form.group_size)
+            for part in _parts(len(weight))
+        ]
         return _joined(parts), {}
     hessian = rows.read.T @ rows.read
     factor = factorise(hessian, damp=rows.damp)

@@ -5,6 +5,8 @@
 Bodies go, because some versions of the parser prefer a body over a plugin: the engine would be right, slow, and silent
 about it. For the same reason the graph says which nodes must become plugin layers, and whoever builds an engine counts.
 
+A head of 8 bits has no plugin; it is written in standard operators, which TensorRT multiplies from their codes.
+
 Codes stay as they are; padding to whole tiles happens in the constants alone, so N and K are the sizes of y and x.
 """
 
@@ -23,6 +25,7 @@ from mbq_export.export.graph import (
     packed_source,
 )
 from mbq_export.export.lowerings.base import Lowering
+from mbq_export.export.standard_form import to_standard
 from mbq_export.export.tiled_weights import tiled_scales_tensor, tiled_zeros_tensor, tiles_tensor
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import QuantScheme
@@ -46,10 +49,12 @@ def lower(model: ir.Model, target: str) -> None:
     Raises:
         UsageError: E2004 or E2007, located at the node, if kernels cannot read its rows.
     """
-    del target
     for node in packed_nodes(model):
+        source = packed_source(node)
+        if source.scheme not in ops.PLUGINS:
+            to_standard(model.graph, node, target)
+            continue
         with located(str(node.name)):
-            source = packed_source(node)
             SCHEMES[source.scheme].check_columns(source.k, source.group_size)
         _rewrite(model.graph, node)
     model.functions.clear()

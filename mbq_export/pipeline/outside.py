@@ -1,4 +1,4 @@
-"""The output head of a plan: its number format, and what that does to the bytes of a token."""
+"""What a plan quantizes outside of the decoder's blocks: the output head, and the vision tower."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mbq_export.errors import UsageError
 from mbq_export.quantize.head import KEPT_BITS, HeadFormat, head_format
+from mbq_export.quantize.tower import tower_scheme
 from mbq_export.schemes.base import group_name
 
 if TYPE_CHECKING:
@@ -35,9 +36,39 @@ def head_of(
     return form
 
 
-def head_facts(request: BuildRequest) -> dict[str, int]:
-    """What a fingerprint says of the head: nothing of one that stays as it is."""
-    return {} if request.lm_head_bits == KEPT_BITS else {"lm_head_bits": request.lm_head_bits}
+def tower_of(request: BuildRequest, scheme: QuantScheme | None) -> QuantScheme | None:
+    """The format of the vision tower that was asked for; None where it stays as it is.
+
+    Raises:
+        UsageError: E2001 for an unknown width, E2002 without a scheme for the decoder.
+    """
+    found = tower_scheme(request.vision_bits)
+    if found is not None and scheme is None:
+        raise UsageError(
+            "E2002",
+            f"--vision-bits {request.vision_bits} contradicts --wbits 16.",
+            why="the unquantized baseline has no codes, nor has its tower",
+            fix=("--vision-bits 16", "--wbits 3"),
+        )
+    return found
+
+
+def outside_facts(request: BuildRequest) -> dict[str, int]:
+    """What a fingerprint says of both: nothing of what stays as it is."""
+    bits = {"lm_head_bits": request.lm_head_bits, "vision_bits": request.vision_bits}
+    return {name: each for name, each in bits.items() if each != KEPT_BITS}
+
+
+def tower_row(scheme: QuantScheme | None) -> tuple[str, int, str, str]:
+    """A row of the table of what is quantized for the vision tower."""
+    if scheme is None:
+        return ("vision tower, projector", 1, str(KEPT_BITS), "policy: small, and sensitive")
+    return (
+        "vision tower",
+        1,
+        f"{scheme.bits_per_weight(scheme.group_size):.3f}",
+        f"{scheme.name} channel, smoothed; embeddings and projector stay in 16",
+    )
 
 
 def head_row(
