@@ -313,6 +313,9 @@ def _summary(result: "BuildResult", out: Path) -> dict[str, Any]:
         "sha256": result.sha256,
         "seconds": result.seconds,
         "gates": [] if result.gates is None else [check.as_json() for check in result.gates.checks],
+        "measurements": {}
+        if result.gates is None
+        else {each.name: each.value for each in result.gates.measurements},
         "engines": result.facts["engines"],
         "skipped_engines": result.skipped_engines,
         "lowering": result.facts["lowering"],

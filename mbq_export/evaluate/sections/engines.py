@@ -10,7 +10,7 @@ from mbq_export.evaluate.wording import figure, size
 
 INT4: Final = "Int4"
 MEANINGS: Final = {
-    "engine.A2": "quantized linears without Int4 constants",
+    "engine.A2": "quantized linears without Int4 or Int8 constants",
     "engine.A3": "weights dequantized to memory",
     "engine.A4": "linears of 8-bit activations without a product of integers",
     "engine.A5": "float constants as large as weights",
