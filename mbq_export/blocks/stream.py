@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
+from mbq_export.blocks.room import Room
 from mbq_export.blocks.tokens import embed
 
 if TYPE_CHECKING:
@@ -52,9 +53,15 @@ class Batch:
 class BlockStream:
     """Access to the decoder blocks of a model, and to what flows between them."""
 
-    def __init__(self, model: LoadedModel) -> None:
-        """Keep the model; nothing is loaded yet."""
+    def __init__(self, model: LoadedModel, room: Room | None = None) -> None:
+        """Keep the model; nothing is loaded yet.
+
+        Args:
+            model: Its blocks may be on the meta device.
+            room: Where rows wait that a later pass reads; memory unless it says otherwise.
+        """
         self._model = model
+        self.room = room or Room()
         self._parent, _, self._attribute = model.family.blocks.rpartition(".")
 
     def __len__(self) -> int:

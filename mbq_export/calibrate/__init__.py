@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
+from mbq_export.blocks.memory import plan_memory
+from mbq_export.blocks.room import Room
 from mbq_export.blocks.stream import BlockStream
 from mbq_export.blocks.tokens import count_classes, hash_inputs
 from mbq_export.calibrate.first_errors import FirstErrors, first_errors
@@ -88,6 +90,7 @@ def calibrate(
     recipe: Recipe,
     *,
     state: State | None = None,
+    room: Room | None = None,
     progress: Progress = silent,
 ) -> ChannelScales:
     """Find the channel scales of every unit, block by block.
@@ -98,6 +101,7 @@ def calibrate(
         recipe: Scheme, switches, seed.
         state: Gradient statistics and finished blocks are kept in it and not done again. That it belongs
             to the same arguments is its opener's business.
+        room: Hears what memory will be needed, and decides where rows of all blocks wait; memory without it.
         progress: Called after each block of each pass.
 
     Raises:
@@ -111,7 +115,10 @@ def calibrate(
     if method.scales is None and not needed and not recipe.for_widths:
         return _result(model, inputs, recipe, report={}, found=[])
     _check_tokens(inputs, recipe)
-    stream = BlockStream(model)
+    stream = BlockStream(model, room)
+    measures = (needed or recipe.for_widths) and not recipe.sensitivity
+    searches = method.scales is not None
+    stream.room.settle(plan_memory(model, inputs, gradients=measures, searches=searches))
     batches = stream.begin(inputs)
     depth = len(stream)
     report = kept = recipe.sensitivity or {}

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mbq_export.blocks.room import drop
 from mbq_export.blocks.tokens import class_mask
 from mbq_export.errors import FormatError, GateError
 from mbq_export.families.base import ANSWER, TOKEN_CLASSES
@@ -57,7 +58,7 @@ def measure(
 ) -> Gradients:
     """Run the model forwards and backwards, one block at a time.
 
-    Memory: the input of every block for every sample.
+    Memory: the input of every block for every sample, or on disk where the stream's room is.
 
     Args:
         stream: The model.
@@ -72,11 +73,13 @@ def measure(
     for batch in batches:
         _require_answers(batch)
     depth = len(stream)
-    inputs = [[batch.hidden for batch in batches]]
+    rows: Sequence[Tensor] = [batch.hidden for batch in batches]
+    inputs: list[Sequence[Tensor]] = []
     for index in range(depth):
         with stream.block(index) as block:
-            pairs = list(zip(batches, inputs[-1], strict=True))
-            inputs.append(stream.run_all(block, index, pairs))
+            # The embeddings stay with their batches; what blocks make of them is as large once per block.
+            inputs.append(rows if index == 0 else stream.room.rows(rows))
+            rows = stream.run_all(block, index, list(zip(batches, rows, strict=True)))
         progress(index + 1, 2 * depth, f"forward {index + 1}/{depth}")
     samples = sum(len(batch.samples) for batch in batches)
     shape = (depth, len(linears), len(TOKEN_CLASSES), samples)
@@ -86,14 +89,15 @@ def measure(
         mean_square=np.full(shape, np.nan),
         losses=np.zeros(samples),
     )
-    last = inputs.pop()
     gradients = [
         _head_gradient(stream, batch, hidden, found)
-        for batch, hidden in zip(batches, last, strict=True)
+        for batch, hidden in zip(batches, rows, strict=True)
     ]
+    del rows
     for index in reversed(range(depth)):
         with stream.block(index) as block:
-            for position, (batch, hidden) in enumerate(zip(batches, inputs.pop(), strict=True)):
+            kept = inputs.pop()
+            for position, (batch, hidden) in enumerate(zip(batches, kept, strict=True)):
                 listening = _listen(block, index, batch, found)
                 start = hidden.detach().requires_grad_()
                 with torch.enable_grad():
@@ -102,6 +106,7 @@ def measure(
                 for handle in listening:
                     handle.remove()
                 _require_finite(gradients[position], batch, f"gradient below block {index}")
+            drop(kept)
         progress(2 * depth - index, 2 * depth, f"backward {depth - index}/{depth}")
     return found
 

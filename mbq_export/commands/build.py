@@ -11,6 +11,7 @@ import typer
 from mbq_export.commands import (
     engine_options,
     graph_options,
+    memory_options,
     number_options,
     options,
     search_options,
@@ -89,6 +90,7 @@ def command(
     sensitivity: search_options.Ratios = None,
     data: options.Data = None,
     samples: options.Samples = 128,
+    max_ram: memory_options.MaxRam = None,
     text_only_ok: options.TextOnly = False,
     skip_bad: options.SkipBad = 0,
     ignore_extra: options.IgnoreExtra = None,
@@ -219,6 +221,7 @@ def command(
         sensitivity=sensitivity,
         data=data,
         samples=samples,
+        max_ram=memory_options.max_ram(max_ram),
         targets=tuple(target or ["auto"]),
         lowering=lowering,
         engines=EngineOptions(

@@ -2,7 +2,13 @@
 
 import typer
 
-from mbq_export.commands import number_options, options, search_options, width_options
+from mbq_export.commands import (
+    memory_options,
+    number_options,
+    options,
+    search_options,
+    width_options,
+)
 from mbq_export.commands.console import Console
 from mbq_export.errors import UsageError, located
 
@@ -40,6 +46,7 @@ def command(
     sensitivity: search_options.Ratios = None,
     data: options.Data = None,
     samples: options.Samples = 128,
+    max_ram: memory_options.MaxRam = None,
     text_only_ok: options.TextOnly = False,
     skip_bad: options.SkipBad = 0,
     ignore_extra: options.IgnoreExtra = None,
@@ -53,7 +60,7 @@ def command(
     """
     from mbq_export.calibrate.sensitivity import rows
     from mbq_export.channel_scales import CALIB_FILE
-    from mbq_export.pipeline.calibration import channel_scales
+    from mbq_export.pipeline.calibration import Encoded, channel_scales, room_of
     from mbq_export.pipeline.plan import make_plan
     from mbq_export.pipeline.request import BuildRequest
     from mbq_export.writing import publish, staging
@@ -96,6 +103,7 @@ def command(
         sensitivity=sensitivity,
         data=data,
         samples=samples,
+        max_ram=memory_options.max_ram(max_ram),
         targets=("cpu",),
         models=options.models_folder(),
         seed=console.seed,
@@ -117,8 +125,13 @@ def command(
         )
     with staging(out) as staged:
         loaded = plan.load()
-        with console.progress("calibrate") as progress:
-            scales = channel_scales(plan, loaded, console.note, state=None, progress=progress)
+        with (
+            console.progress("calibrate") as progress,
+            room_of(plan, staged, console.note) as room,
+        ):
+            scales = channel_scales(
+                Encoded(plan, loaded), console.note, state=None, room=room, progress=progress
+            )
         scales.write(staged)
         publish(staged, out)
     if scales.sensitivity.get("layers"):
@@ -131,6 +144,11 @@ def command(
         console.text(f"--method {method} asks for no gradients")
     units = scales.calib["units"]
     console.finish(
-        {"calibration": str(out), "data": scales.calib.get("data"), "units": units},
+        {
+            "calibration": str(out),
+            "data": scales.calib.get("data"),
+            "memory": room.as_json(),
+            "units": units,
+        },
         what=f"{out}  {len(units)} units",
     )

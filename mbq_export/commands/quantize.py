@@ -71,7 +71,7 @@ def command(
     from mbq_export.calibrate.methods.base import replaced
     from mbq_export.channel_scales import ChannelScales
     from mbq_export.checkpoint import CHECKPOINT_FILE
-    from mbq_export.pipeline.calibration import samples_of_scales
+    from mbq_export.pipeline.calibration import Encoded, samples_of_scales
     from mbq_export.pipeline.plan import make_plan
     from mbq_export.pipeline.request import BuildRequest
     from mbq_export.quantize import quantize
@@ -154,7 +154,7 @@ def command(
             scheme=plan.scheme,
             group_size=plan.group_size,
             out=out,
-            samples=samples_of_scales(plan, loaded, found) if looks else None,
+            samples=samples_of_scales(Encoded(plan, loaded), found) if looks else None,
             mixed=mixed,
             head=plan.head,
             tower=plan.tower,

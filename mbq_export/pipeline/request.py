@@ -45,6 +45,7 @@ class BuildRequest:
         import_scales: Published channel scales that replace the search, or None.
         sensitivity: An edited report that replaces the measured ratios, or None.
         samples: Calibration samples.
+        max_ram: Bytes that calibration may take; None is what the machine has left.
         targets: Devices, for example ``rtx4090:rtx``.
         lowering: Form of the decoder that engines are built from: ``plugin``, ``qdq`` or ``auto``.
         engines: How they are built.
@@ -84,6 +85,7 @@ class BuildRequest:
     import_scales: Path | None = None
     sensitivity: Path | None = None
     samples: int = 128
+    max_ram: int | None = None
     targets: tuple[str, ...] = ("auto",)
     lowering: str = "auto"
     engines: EngineOptions = field(default_factory=EngineOptions)

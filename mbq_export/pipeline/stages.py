@@ -23,8 +23,7 @@ from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import located
 from mbq_export.evaluate.validate import failure, validate_build
 from mbq_export.export import ExportRecord, GraphForm, export
-from mbq_export.families.base import LoadedModel
-from mbq_export.pipeline.calibration import channel_scales, samples_of_scales
+from mbq_export.pipeline.calibration import Encoded, channel_scales, room_of, samples_of_scales
 from mbq_export.pipeline.continuing import (
     CALIBRATION,
     check_graphs,
@@ -150,7 +149,7 @@ def build(request: BuildRequest, listener: Listener) -> BuildResult:
     with State.open(partial, plan.fingerprint, fresh=request.fresh) as state:
         work = _begin(plan, state, listener)
         if plan.kept is None:
-            model = _Lazy(plan.load)
+            model = _Lazy(plan)
             work.run(2, CALIBRATION, lambda progress: _calibrate(work, model(), progress))
             work.run(3, WEIGHTS, lambda progress: _quantize(work, model(), progress))
             model.forget()
@@ -186,14 +185,14 @@ def build(request: BuildRequest, listener: Listener) -> BuildResult:
 
 @dataclass
 class _Lazy:
-    """The full-precision model, loaded when the first stage needs it."""
+    """The full-precision model with its samples, loaded when the first stage needs it."""
 
-    load: Callable[[], LoadedModel]
-    loaded: LoadedModel | None = None
+    plan: Plan
+    loaded: Encoded | None = None
 
-    def __call__(self) -> LoadedModel:
+    def __call__(self) -> Encoded:
         if self.loaded is None:
-            self.loaded = self.load()
+            self.loaded = Encoded(self.plan, self.plan.load())
         return self.loaded
 
     def forget(self) -> None:
@@ -216,19 +215,20 @@ def _take(work: _Work, kept: Bundle) -> None:
         work.run(number, name, partial(take, kept, name, work.folder(name)))
 
 
-def _calibrate(work: _Work, model: LoadedModel, progress: Progress) -> None:
-    dtype = chosen_dtype(work.plan, model)
+def _calibrate(work: _Work, encoded: Encoded, progress: Progress) -> None:
+    dtype = chosen_dtype(work.plan, encoded.model)
     if dtype.name == BF16:
         work.listener.note(f"      engines     {BF16}: {dtype.reason}")
-    scales = channel_scales(
-        work.plan, model, work.listener.note, state=work.state, progress=progress
-    )
+    note = work.listener.note
+    with room_of(work.plan, work.state.folder, note) as room:
+        scales = channel_scales(encoded, note, state=work.state, room=room, progress=progress)
+    work.event("memory", plan=room.as_json())
     scales.write(work.folder(CALIBRATION))
     dtype.write(work.folder(CALIBRATION))
 
 
-def _quantize(work: _Work, model: LoadedModel, progress: Progress) -> None:
-    plan = work.plan
+def _quantize(work: _Work, encoded: Encoded, progress: Progress) -> None:
+    plan, model = work.plan, encoded.model
     if plan.foreign is not None:
         staged = work.state.stage(STAGE)
         out = work.folder(WEIGHTS)
@@ -241,7 +241,7 @@ def _quantize(work: _Work, model: LoadedModel, progress: Progress) -> None:
         scheme=plan.scheme,
         group_size=plan.group_size,
         out=work.folder(WEIGHTS),
-        samples=samples_of_scales(plan, model, scales),
+        samples=samples_of_scales(encoded, scales),
         mixed=plan.request.mixed,
         head=plan.head,
         tower=plan.tower,

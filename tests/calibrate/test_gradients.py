@@ -1,6 +1,7 @@
 """Gradients taken block by block are those of the whole model."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mbq_export.blocks.memory import MemoryPlan
+from mbq_export.blocks.room import Room
 from mbq_export.blocks.stream import BlockStream
 from mbq_export.blocks.tokens import embed
 from mbq_export.calibrate.gradients import Gradients, measure
@@ -16,6 +19,7 @@ from mbq_export.families.base import ANSWER, LINEARS, PAD, PROMPT, VISION, Loade
 from mbq_export.families.inputs import ModelInputs
 from mbq_export.families.llava_onevision import load
 from tests.questions import questions, sample_model, tiny_model
+from tests.tiny import Tiny
 
 AGREE = 1e-5  # relative, float32: the same sums in another order
 
@@ -150,3 +154,16 @@ def test_progress_counts_blocks_forwards_and_backwards() -> None:
         progress=lambda done, total, _note: heard.append((done, total)),
     )
     assert heard == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_gradients_with_rows_on_disk_are_the_same_bytes(tmp_path: Path) -> None:
+    model = tiny_model(Tiny(layers=4))
+    inputs = questions(model, 5)
+    wanted = streamed(model, inputs)
+    with Room(tmp_path, limit=0) as room:
+        room.settle(MemoryPlan(now=1, rows=1, gradients=1, search=0))
+        stream = BlockStream(model, room)
+        found = measure(stream, stream.begin(inputs), linears=LINEARS)
+        assert not list(tmp_path.rglob("*.rows"))
+    for name in ("mean_abs", "mean_square", "losses"):
+        assert getattr(found, name).tobytes() == getattr(wanted, name).tobytes()
