@@ -41,6 +41,22 @@ def weights_of_linear(report: Mapping[str, Any], layer: int, linear: str) -> Cla
     )
 
 
+def squared_weights(report: Mapping[str, Any], layer: int, linear: str) -> ClassWeights:
+    """Mean squares of the gradients at a linear's output, relative to those at answers.
+
+    They turn squared errors into what those do to the answer, class by class. Not clipped: a class whose output nothing
+    reads, as vision tokens behind the last block, weighs nothing. All are 0 where answers have no gradient.
+    """
+    squares = report["layers"][layer]["linears"][linear]["mean_sq"]
+    answer = _or_zero(squares.get("answer"))
+    if not answer:
+        return ClassWeights(vision=0.0, prompt=0.0)
+    return ClassWeights(
+        vision=_or_zero(squares.get("vision")) / answer,
+        prompt=_or_zero(squares.get("prompt")) / answer,
+    )
+
+
 def weighings(
     report: Mapping[str, Any], layer: int, linears: Iterable[str], *, alike: bool
 ) -> tuple[dict[str, str], dict[str, ClassWeights]]:
@@ -59,6 +75,10 @@ def weighings(
     if alike:
         return names, dict.fromkeys(names.values(), ALIKE)
     return names, {linear: weights_of_linear(report, layer, linear) for linear in names}
+
+
+def _or_zero(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _or_one(value: float | None) -> float:

@@ -173,6 +173,7 @@ def command(
     mbq-export build --from out --stages engine.. --target orin:trt -o out-orin
     """
     first = _start(context, model, bundle, stages)
+    from mbq_export.evaluate.width_table import HEADER, width_rows, width_summary
     from mbq_export.pipeline.engine_options import EngineOptions
     from mbq_export.pipeline.request import BuildRequest
     from mbq_export.pipeline.stages import build, planned
@@ -259,6 +260,10 @@ def command(
         console.finish({"plan": dict(plan.fingerprint)}, what=f"plan for {out}, nothing written")
         return
     result = build(request, console)
+    mixed = result.facts["quant"].get("mixed")
+    if mixed is not None:
+        console.table(HEADER, width_rows(mixed))
+        console.text(width_summary(mixed))
     _warn_skipped(console, result.skipped_engines)
     console.finish(_summary(result, out), what=f"{out}  sha256 {result.sha256[:16]}")
 

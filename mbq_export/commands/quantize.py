@@ -198,8 +198,14 @@ def _take_over(console: Console, request: "BuildRequest") -> None:
 
 
 def _finish(console: Console, plan: "Plan", checkpoint: "QuantCheckpoint") -> None:
+    from mbq_export.evaluate.width_table import HEADER, width_rows, width_summary
+
     console.table(("module group", "count", "bits", "reason"), plan.table())
     linears, out = checkpoint.info["linears"], checkpoint.folder
+    mixed = checkpoint.info.get("mixed")
+    if mixed is not None:
+        console.table(HEADER, width_rows(mixed))
+        console.text(width_summary(mixed))
     console.finish(
         {"checkpoint": str(out), "scheme": checkpoint.scheme_name, "linears": linears},
         what=f"{out}  {len(linears)} linears",

@@ -11,6 +11,7 @@ folder with config.json       model as transformers saves it
 
 from collections import Counter
 from collections.abc import Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -29,6 +30,7 @@ from mbq_export.evaluate.describe_graphs import (
     plugin_operators,
 )
 from mbq_export.evaluate.description import Description, Table
+from mbq_export.evaluate.width_table import HEADER, width_rows, width_summary
 from mbq_export.families.locate import family_of, read_config
 from mbq_export.progress import Progress, silent
 from mbq_export.reading import read_json, safetensors_header
@@ -84,6 +86,7 @@ def _bundle(path: Path, *, verify: bool, progress: Progress) -> Description:
         "model": source["model"],
         "family": source["family"],
         "scheme": quant["scheme"]["name"],
+        **_widths(quant),
         "method": quant["method"]["name"],
         "head": head_name(quant.get("lm_head")),
         "files": len(files),
@@ -186,6 +189,7 @@ def _checkpoint(path: Path, *, verify: bool, progress: Progress) -> Description:
     linears = checkpoint.info.get("linears", [])
     facts = {
         "scheme": checkpoint.scheme_name,
+        **_widths(checkpoint.info),
         "group size": checkpoint.group_size,
         "method": checkpoint.info.get("method", {}).get("name"),
         "head": head_name(checkpoint.info.get("lm_head")),
@@ -199,7 +203,15 @@ def _checkpoint(path: Path, *, verify: bool, progress: Progress) -> Description:
     table = Table(
         title="linears", header=("linear", "n", "k", "scheme", "group", "alpha"), rows=rows
     )
-    return Description(kind="checkpoint", facts=facts, tables=[table])
+    mixed = width_rows(checkpoint.info.get("mixed"))
+    chosen = [Table(title="widths of units", header=HEADER, rows=mixed)] if mixed else []
+    return Description(kind="checkpoint", facts=facts, tables=[*chosen, table])
+
+
+def _widths(quant: Mapping[str, Any]) -> dict[str, str]:
+    """A fact about units of widths of their own; none where they have that of the scheme."""
+    told = width_summary(quant.get("mixed"))
+    return {"widths": told} if told else {}
 
 
 def _calibration(path: Path, *, verify: bool, progress: Progress) -> Description:

@@ -1,10 +1,11 @@
 """What rounding a unit to a width is predicted to cost the answer, from one pass in full precision.
 
-    E = Q_b(W) - W                                                  channel scales folded; clipped if the switches say so
-    error_b(u) = sum over linears j of A2_j * tr(E H_j E') / T      METHODS 11
+    E = Q_b(W) - W                                                channel scales folded; clipped if the switches say so
+    error_b(u) = sum over linears j and classes C of A2_jC * tr(E H_jC E') / T
 
-H_j weighs the tokens of a linear's inputs by its own gradient ratios, so tr(E H E') is the weighed sum of squared output
-errors; A2_j is the mean square of the gradient at its answer tokens. T is the number of tokens, alike for all units.
+tr(E H E') is the sum of squared output errors over the tokens of a class; A2 is the mean square of the gradient that the
+answer's loss has there. T is the number of tokens, alike for all units. METHODS 11 has the clipped ratios of mean
+absolute gradients in place of A2_jC / A2_jA (docs/decisions/0022).
 Rounding is to the nearest codes: error feedback lowers both widths' errors later, and is not run for a prediction.
 """
 
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mbq_export.blocks.fold import fold
 from mbq_export.blocks.gram import Gram
-from mbq_export.blocks.ratios import weighings
+from mbq_export.blocks.ratios import squared_weights, weighings
 from mbq_export.blocks.reading import rows_read_by
 from mbq_export.blocks.tokens import count_classes
 from mbq_export.channel_scales import FOR_WIDTHS
@@ -22,6 +23,7 @@ from mbq_export.errors import UsageError, located
 from mbq_export.progress import Progress, silent
 from mbq_export.quantize.apply import nearest_codes, stored_dtype
 from mbq_export.quantize.clip import SKIPPED, ClippedGrids, round_clipped
+from mbq_export.quantize.clip_pass import weighing
 from mbq_export.quantize.gptq import check_hessian, weighted_square
 from mbq_export.quantize.streams import Streams
 from mbq_export.schemes.affine import dequantize
@@ -154,17 +156,17 @@ class UnitErrors:
 
     def _of_unit(self, block: nn.Module, index: int, place: Smooth, seen: Streams) -> Errors:
         """Sum of A2 * tr(E H E') over the linears of a unit, by bits."""
-        gram, names = self._gram(block, index, place, seen)
+        gram, clipped_by = self._gram(block, index, place, seen)
         errors = dict.fromkeys((scheme.weight_bits for scheme in self._schemes), 0.0)
         for linear in place.into:
-            hessian = gram.hessian(names[linear])
+            hessian = gram.hessian(linear)
             check_hessian(hessian)
             measured = self._report["layers"][index]["linears"][linear]["mean_sq"]["answer"]
             weight = block.get_parameter(f"{linear}.weight").detach()
             stored = stored_dtype(self._model, self._model.family.linear_path(index, linear))
             for scheme in self._schemes:
-                if self._clips and linear not in SKIPPED:
-                    codes = self._clipped(weight, gram, names[linear], scheme)
+                if linear in clipped_by:
+                    codes = self._clipped(weight, gram, clipped_by[linear], scheme)
                 else:
                     codes = nearest_codes(weight, self._rounding, scheme=scheme, stored=stored)
                 change = (dequantize(codes) - weight).double()
@@ -181,15 +183,22 @@ class UnitErrors:
     def _gram(
         self, block: nn.Module, index: int, place: Smooth, seen: Streams
     ) -> tuple[Gram, dict[str, str]]:
-        """Gram matrices of a unit's inputs, and which of them each linear uses."""
-        names, weights = weighings(self._report, index, place.into, alike=False)
+        """Gram matrices of a unit's inputs: by linear for errors, and which of them clipping weighs a linear by."""
+        weights = {linear: squared_weights(self._report, index, linear) for linear in place.into}
+        clipped_by: dict[str, str] = {}
+        if self._clips:
+            report, clipped = self._scales.sensitivity, [n for n in place.into if n not in SKIPPED]
+            alike = weighing(report, self._schemes[0]) == "plain"
+            names, ratios = weighings(report, index, clipped, alike=alike)
+            clipped_by = {linear: f"clip by {name}" for linear, name in names.items()}
+            weights |= {f"clip by {name}": each for name, each in ratios.items()}
         gram = Gram(int(block.get_parameter(f"{place.into[0]}.weight").shape[1]), weights)
         read = rows_read_by(
             place.into[0], stream=self._stream, block=block, index=index, batches=seen.before
         )
         for batch, rows in zip(seen.batches, read, strict=True):
             gram.add(rows, batch.classes)
-        return gram, names
+        return gram, clipped_by
 
 
 def _short(value: float) -> float:

@@ -3,7 +3,14 @@
 from typing import Any
 
 from mbq_export.blocks.loss import ClassWeights
-from mbq_export.blocks.ratios import ALIKE, prompt_weight_of, r_of, weighings, weights_of_linear
+from mbq_export.blocks.ratios import (
+    ALIKE,
+    prompt_weight_of,
+    r_of,
+    squared_weights,
+    weighings,
+    weights_of_linear,
+)
 
 
 def report() -> dict[str, Any]:
@@ -51,3 +58,13 @@ def test_linears_with_one_input_share_a_matrix_only_where_classes_weigh_alike() 
     names, weights = weighings(report(), 0, linears, alike=False)
     assert names == {linear: linear for linear in linears}
     assert weights == {linear: weights_of_linear(report(), 0, linear) for linear in linears}
+
+
+def test_squared_errors_weigh_by_squared_gradients_and_nothing_where_nothing_is_read() -> None:
+    def weights(**squares: float | None) -> ClassWeights:
+        linears = {"mlp.down_proj": {"mean_sq": squares}}
+        return squared_weights({"layers": [{"linears": linears}]}, 0, "mlp.down_proj")
+
+    assert weights(answer=4.0, vision=1.0, prompt=8.0) == ClassWeights(vision=0.25, prompt=2.0)
+    assert weights(answer=4.0, vision=0.0, prompt=None) == ClassWeights(vision=0.0, prompt=0.0)
+    assert weights(answer=None, vision=1.0) == ClassWeights(vision=0.0, prompt=0.0)

@@ -68,6 +68,7 @@ def export_rounded(root: Path, **changes: Any) -> Exported:
         scheme=plan.scheme,
         group_size=plan.group_size,
         out=root / "weights",
+        mixed=plan.request.mixed,
     )
     dtype = chosen_dtype(plan, sample_model()).name
     forms = tuple(form for form in graph_forms(plan, dtype) if form.target == "trt")

@@ -36,7 +36,11 @@ def report(model: LoadedModel) -> dict[str, Any]:
         linears = {
             linear: {
                 "clipped": {k: v * (1 + place) / 2 for k, v in RATIOS.items()},
-                "mean_sq": {"answer": 1.0 / (2 + place + layer)},
+                "mean_sq": {
+                    "answer": 1 / (2 + place + layer),
+                    "vision": 0.01 * (1 + place),
+                    "prompt": 0.3,
+                },
             }
             for place, linear in enumerate(model.family.linears)
         }

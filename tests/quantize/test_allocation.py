@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from mbq_export.blocks.stream import BlockStream
 from mbq_export.channel_scales import FOR_WIDTHS, ChannelScales, Switches
 from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import UsageError
-from mbq_export.families.base import LoadedModel
+from mbq_export.families.base import ANSWER, PROMPT, TOKEN_CLASSES, VISION, LoadedModel
 from mbq_export.quantize import quantize
 from mbq_export.quantize.apply import Rounding
 from mbq_export.quantize.feedback import Samples
@@ -68,10 +69,9 @@ def test_predicted_errors_are_sums_over_tokens(tmp_path: Path, clip: str) -> Non
     errors = UnitErrors(model, BlockStream(model), found, rounding, schemes).of_all(inputs)
     read = seen.rows_of(model, inputs)
     report = found.sensitivity[FOR_WIDTHS]
-    plain = ChannelScales(scales={}, sensitivity=report, calib=found.calib)
+    classes = np.concatenate([sample.token_classes for sample in inputs])
     for bits, name in ((3, "w3a16"), (4, "w4a16")):
-        # Clipped by a rounding that weighs alike: `ClipPass` with the ratios of the report.
-        checkpoint = seen.rounded(model, tmp_path / name, plain, scheme=name, group_size=group_size)
+        checkpoint = seen.rounded(model, tmp_path / name, found, scheme=name, group_size=group_size)
         for layer in range(model.text.layers):
             for place in model.family.smooth:
                 wanted = 0.0
@@ -79,10 +79,11 @@ def test_predicted_errors_are_sums_over_tokens(tmp_path: Path, clip: str) -> Non
                     path = model.family.linear_path(layer, linear)
                     exact = model.module.get_parameter(f"{path}.weight").double()
                     change = torch.from_numpy(dequantized(checkpoint.packed(path))) - exact
-                    weights = seen.class_weights(model, inputs, path, "balanced")
-                    squares = (read[path].double() @ change.T).square().sum(1)
-                    gradient = report["layers"][layer]["linears"][linear]["mean_sq"]["answer"]
-                    wanted += gradient * float((squares * weights).sum()) / len(weights)
+                    squares = (read[path].double() @ change.T).square().sum(1).numpy()
+                    gradients = report["layers"][layer]["linears"][linear]["mean_sq"]
+                    for kind in (ANSWER, VISION, PROMPT):
+                        total = squares[classes == kind].sum()
+                        wanted += gradients[TOKEN_CLASSES[kind]] * total / len(classes)
                 predicted = errors[layer, place.unit][bits]
                 assert predicted == pytest.approx(wanted, rel=TOKEN_BY_TOKEN)
 

@@ -17,6 +17,7 @@ from mbq_export.evaluate.gathering import CALIB, CHECKPOINT, SENSITIVITY, Found,
 from mbq_export.evaluate.heat_map import Grid, heat_map
 from mbq_export.evaluate.lookup import dig, items, number, words
 from mbq_export.evaluate.plots import Bar, Line, lines, stacked_bars
+from mbq_export.evaluate.width_table import HEADER, width_rows, width_summary
 from mbq_export.evaluate.wording import figure, percent, size
 from mbq_export.schemes import SCHEMES
 from mbq_export.schemes.base import group_name
@@ -49,6 +50,7 @@ def _subject(subject: Subject) -> list[Block]:
         return [Missing(what="Quantization", why="weights/mbq.json lists no linears")]
     return [
         _bits(linears),
+        *_widths(subject.part(CHECKPOINT, "mixed")),
         *_head(linears),
         _kept(subject),
         _tokens(subject),
@@ -56,6 +58,13 @@ def _subject(subject: Subject) -> list[Block]:
         _exponents(subject),
         _errors(of_decoder(linears)),
     ]
+
+
+def _widths(mixed: Any) -> list[Block]:
+    """Show the width of every unit, where they differ or were decided one by one."""
+    rows = width_rows(mixed)
+    told = width_summary(mixed)
+    return [table(HEADER, rows, caption=f"Widths of units: {told}")] if rows else []
 
 
 def of_decoder(linears: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
