@@ -82,7 +82,7 @@ class RoundedLinears(Protocol):
 
 
 class Rounder(Protocol):
-    """Rounds blocks in their order by what their linears read: `feedback.Feedback`, `clip_pass.ClipPass`."""
+    """Rounds blocks in their order by what they read: `Feedback`, `ClipPass`, `BlockSearch`."""
 
     def round(self, block: nn.Module, index: int) -> RoundedLinears:
         """Round the block after the one that was passed last."""
