@@ -21,7 +21,7 @@ Cache = Annotated[
         "--kv",
         rich_help_panel=PANEL,
         help="Cache of the decoder: concat, or static, which is updated in place and needs opset24. Default: static "
-        "for TensorRT where it is read.",
+        "for TensorRT where it is read. Of 8 bits there is none: validate --kv-bits 8 tells what it would cost.",
         show_default=False,
     ),
 ]

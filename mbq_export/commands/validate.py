@@ -8,6 +8,7 @@ import typer
 
 from mbq_export.commands import options
 from mbq_export.commands.console import Console, counted
+from mbq_export.errors import UsageError
 from mbq_export.native import CALL_SECONDS
 
 ALL_TIERS = "structure,numeric,tokens,task"
@@ -45,6 +46,14 @@ def command(
             show_default=False,
         ),
     ] = None,
+    kv_bits: Annotated[
+        int,
+        typer.Option(
+            "--kv-bits",
+            help="8: also tell what keys and values of vision, prompt and answer tokens in 8 bits would cost answers. "
+            "A measurement on the reference model: no graph or engine here has such a cache.",
+        ),
+    ] = 16,
     questions: Annotated[
         int, typer.Option("--questions", help="Most questions of the task tier.", min=1)
     ] = 500,
@@ -72,6 +81,13 @@ def command(
     from mbq_export.runtime import default_lowering
 
     console: Console = context.obj
+    if kv_bits not in {8, 16}:
+        raise UsageError(
+            "E2001",
+            f"Unknown --kv-bits {kv_bits}.",
+            why="known: 16, 8",
+            fix="--kv-bits 8",
+        )
     opened = Bundle.open(bundle)
     results = options.result_folder(out, [bundle])
     validation = Validation(
@@ -79,6 +95,7 @@ def command(
         backend=backend,
         lowering=lowering or default_lowering(opened),
         full_precision=model,
+        kv_bits=kv_bits,
         data=data,
         questions=questions,
         new_tokens=new_tokens,

@@ -21,6 +21,8 @@ from mbq_export.backends import BACKENDS
 from mbq_export.backends.torch import fake_quant_model
 from mbq_export.checkpoint import KEPT, QuantCheckpoint
 from mbq_export.errors import GateError, UsageError, located
+from mbq_export.evaluate.cache_rounding import BITS as CACHE_BITS
+from mbq_export.evaluate.cache_rounding import cache_checks
 from mbq_export.evaluate.comparison import NO_POSITIONS
 from mbq_export.evaluate.fidelity import quality_checks
 from mbq_export.evaluate.integrity import check_structure
@@ -80,6 +82,7 @@ class Validation:
         data: Calibration-style manifest for numeric and tokens, task file for task; None takes generated
             pictures that no calibration or training has seen.
         full_precision: Model folder for the quality checks; None leaves them out.
+        kv_bits: 8 adds to the numeric tier what a cache of 8 bits would cost answers; 16 leaves that out.
         questions: Most questions of the task tier.
         threads: CPU threads of the tested backend; 0 takes all.
         engine_timeout_s: Limit of one call of an engine.
@@ -95,6 +98,7 @@ class Validation:
     new_tokens: int = 32
     data: Path | None = None
     full_precision: Path | None = None
+    kv_bits: int = 16
     questions: int = 500
     threads: int = 0
     engine_timeout_s: float = CALL_SECONDS
@@ -242,6 +246,8 @@ class _Run:
             "first_bad": found.first_bad and found.first_bad.as_json(),
             "layers": found.as_json(),
         }
+        if chosen.kv_bits == CACHE_BITS:
+            self.checks += cache_checks(self.oracle.model, samples)
         if chosen.full_precision is not None:
             self.checks += self.quality(chosen.full_precision, samples)
 

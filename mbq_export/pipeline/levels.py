@@ -18,6 +18,8 @@ from mbq_export.target import OP_LEVELS, Target
 
 AUTO: Final = "auto"
 STATIC, GROWING = "static", "concat"
+CACHE_OF_8_BITS: Final = "int8"
+"""What people ask for, and nothing here writes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +56,19 @@ def engine_level(op_level: str, kv: str | None, *, targets: Sequence[Target]) ->
         targets: Devices to build engines for; without any, graphs are for the newest.
 
     Raises:
-        UsageError: E2001 for an unknown level or cache, E2002 for a cache that the level lacks, E2012 for a level that
+        UsageError: E2001 for an unknown level or cache, E2006 for one of 8 bits, E2002 for a cache that the level lacks, E2012 for a level that
             a target does not read.
     """
+    if kv == CACHE_OF_8_BITS:
+        raise UsageError(
+            "E2006",
+            "No graph here has a cache of 8 bits.",
+            why="keys and values stay in the type of the activations; TensorRT's own cache layer knows no other",
+            fix=(
+                "mbq-export validate BUNDLE --kv-bits 8 tells what it would cost answers",
+                "leave out --kv",
+            ),
+        )
     lowest = min(targets, key=lambda target: target.op_level, default=None)
     readable = FUSED if lowest is None else min(lowest.op_level, FUSED)
     named = OF_LEVEL[readable] if op_level == AUTO else op_level

@@ -31,6 +31,19 @@ def test_result_holds_every_tier_that_was_asked_for(bundle: Path, tmp_path: Path
     )
 
 
+def test_cost_of_a_cache_in_8_bits_is_told_per_class(bundle: Path) -> None:
+    outcome = run("validate", bundle, "--tier", "numeric", "--samples", "1", "--kv-bits", "8")
+    assert outcome.status == 0, outcome.err
+    gates = outcome.document["result"]["tiers"]["numeric"]["gates"]
+    told = [(gate["modality"], gate["pass"]) for gate in gates if gate["name"] == "cache.kl"]
+    assert told == [(kind, True) for kind in ("vision", "prompt", "answer", "")]
+
+
+def test_other_widths_of_a_cache_are_refused(bundle: Path) -> None:
+    outcome = run("validate", bundle, "--kv-bits", "4")
+    assert (outcome.status, outcome.code) == (2, "E2001")
+
+
 def test_failed_check_exits_1_and_still_gives_the_result(bundle: Path, model: Path) -> None:
     line = ("--tier", "numeric", "--samples", "1", "--model", model)
     outcome = run("validate", bundle, *line)

@@ -63,6 +63,13 @@ def test_a_lower_level_and_the_other_cache_can_be_asked_for() -> None:
     assert engine_level("opset20", None, targets=[CARD]).op_level == "opset20"
 
 
+def test_a_cache_of_8_bits_is_refused_with_what_tells_its_cost() -> None:
+    with pytest.raises(UsageError, match="No graph here has a cache of 8 bits") as caught:
+        engine_level("auto", "int8", targets=[CARD])
+    assert caught.value.code == "E2006"
+    assert "validate BUNDLE --kv-bits 8" in caught.value.fix[0]
+
+
 def test_a_level_above_the_targets_is_refused_with_what_they_read() -> None:
     with pytest.raises(UsageError) as caught:
         engine_level("opset23", None, targets=[CARD, ORIN])

@@ -81,6 +81,12 @@ def test_fingerprint_ignores_the_place_and_follows_the_options(request_: BuildRe
             "E2002",
             "--lm-head-bits 4 contradicts --wbits 16.",
         ),
+        ({"vision_bits": 4}, "E2001", "Unknown --vision-bits 4."),
+        (
+            {"weight_bits": 16, "vision_bits": 8},
+            "E2002",
+            "--vision-bits 8 contradicts --wbits 16.",
+        ),
         ({"gate": "off"}, "E2002", "--gate off has no reason."),
         ({"gate": "maybe", "gate_reason": "x"}, "E2001", "Unknown gate 'maybe'."),
         ({"targets": ("orin:rtx",)}, "E2012", "rtx cannot build engines for orin (sm87)."),
@@ -127,6 +133,14 @@ def test_the_head_s_bytes_are_told_beside_those_of_a_token(request_: BuildReques
     assert rows[1][1:3] == (1, "4.156")
     assert rows[1][3].startswith("w4a16 g128, ")
     assert plain.fingerprint != coded.fingerprint
+
+
+def test_a_tower_of_8_bits_is_told_and_decides_the_fingerprint(request_: BuildRequest) -> None:
+    plain, rounded = (make_plan(replace(request_, vision_bits=bits)) for bits in (16, 8))
+    assert plain.table()[1] == ("vision tower, projector", 1, "16", "policy: small, and sensitive")
+    assert rounded.table()[1][:3] == ("vision tower", 1, "8.000")
+    assert rounded.table()[1][3].startswith("w8a8 channel")
+    assert plain.fingerprint != rounded.fingerprint
 
 
 def test_groups_without_a_qdq_form_are_planned_for_the_reference_alone(

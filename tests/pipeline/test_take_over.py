@@ -51,6 +51,7 @@ def test_what_agrees_with_the_folder_may_be_said(request_: BuildRequest) -> None
         ({"group_size": 128}, "--group-size 128"),
         ({"group_size": 0}, "--group-size channel"),
         ({"lm_head_bits": 4}, "--lm-head-bits 4"),
+        ({"vision_bits": 8}, "--vision-bits 8"),
         ({"method": "rtn"}, "--method rtn"),
         ({"data": "builtin:shapes"}, "--data builtin:shapes"),
         ({"replaced": {"compat": "mbq"}}, "--compat"),
