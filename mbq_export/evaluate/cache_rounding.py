@@ -104,10 +104,12 @@ class _RoundingCache(DynamicCache):
         super().__init__(**settings)
         self._chosen = chosen
 
-    def update(self, keys: Tensor, values: Tensor, *more: Any, **named: Any) -> Any:
-        """Keep and return rounded rows."""
-        rounded = (rounded_rows(each, self._chosen) for each in (keys, values))
-        return super().update(*rounded, *more, **named)
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep and return rounded rows; parameters have the names that transformers gives them."""
+        keys, values = (rounded_rows(each, self._chosen) for each in (key_states, value_states))
+        return super().update(keys, values, layer_idx, *args, **kwargs)
 
 
 def rounded_rows(x: Tensor, chosen: Tensor) -> Tensor:
