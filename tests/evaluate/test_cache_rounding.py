@@ -13,7 +13,7 @@ from mbq_export.families.base import ANSWER, PROMPT, VISION, LoadedModel
 from mbq_export.families.inputs import ModelInputs
 from tests.questions import sample_model, tiny_model
 
-COUNT = 3
+COUNT = 2
 FLOAT32_RELATIVE = 1e-3
 """A KL of 1e-5 nats from logits of float32, once through our cache and once through hooks."""
 

@@ -83,6 +83,7 @@ def test_features_are_those_of_the_oracle(file: str, limit: float) -> None:
     assert relative_error(found, wanted["image_features"]) <= limit
 
 
+@pytest.mark.slow
 def test_the_base_graph_computes_the_same(tmp_path: Path) -> None:
     """Operators of ours with their bodies, which is what lowering starts from."""
     traced = vision.vision_graph(checkpoint(), family=FAMILY, profile=traced_profile([]))

@@ -48,7 +48,10 @@ def oracle(bits: int) -> LoadedModel:
 
 
 @pytest.mark.parametrize("bits", HEADS)
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "static" else name for name in FORMS],
+)
 def test_logits_are_those_of_the_codes(tmp_path: Path, bits: int, name: str) -> None:
     form, limit = FORMS[name]
     path = decoders.write_decoder(checkpoint(bits), form, tmp_path / "g.onnx")

@@ -84,7 +84,11 @@ def predicting_rows(model: LoadedModel, inputs: list) -> Tensor:  # type: ignore
     return torch.cat(rows)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(
+    scope="module",
+    params=[True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["tied", "untied"],
+)
 def model(request: pytest.FixtureRequest) -> LoadedModel:
     return tiny_model(Tiny(tied=request.param))
 
@@ -204,7 +208,7 @@ def test_a_head_that_costs_too_much_is_told_with_the_flag(
     assert told
 
 
-@pytest.mark.parametrize("last", [1, 2, 3])
+@pytest.mark.parametrize("last", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_killed_run_goes_on_to_the_same_bytes(
     model: LoadedModel, checkpoint: QuantCheckpoint, tmp_path: Path, last: int
 ) -> None:
