@@ -20,6 +20,8 @@ from mbq_export.blocks.stream import BATCH_TOKENS
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from torch import Tensor
+
     from mbq_export.families.base import LoadedModel
     from mbq_export.families.inputs import ModelInputs
 
@@ -134,9 +136,9 @@ def _widths(model: LoadedModel, copies: tuple[int, int]) -> int:
     return copies[0] * model.text.hidden + copies[1] * model.text.intermediate
 
 
-def _largest_unit(model: LoadedModel, parameters: Mapping[str, object]) -> int:
+def _largest_unit(model: LoadedModel, parameters: Mapping[str, Tensor]) -> int:
     """Weights of the largest set of linears that share a scale."""
-    sizes = {name: parameter.numel() for name, parameter in parameters.items()}  # type: ignore[attr-defined]
+    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     return max(
         sum(sizes[f"{linear}.weight"] for linear in place.into) for place in model.family.smooth
     )

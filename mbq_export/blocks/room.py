@@ -89,9 +89,9 @@ class RowsOnDisk(Sequence[Tensor]):
             ResourceError: E5001 or E5008.
         """
         path = self._path(range(len(self))[place])
-        whole = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        whole = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
         with explained(path), path.open("wb") as file:
-            file.write(memoryview(whole))
+            file.write(whole)
         self._about[place] = (tensor.shape, tensor.dtype)
 
     def __iter__(self) -> Iterator[Tensor]:
