@@ -1,4 +1,4 @@
-"""The option that says how much memory a calibration may take."""
+"""The option that says how much memory a calibration may take, and how sizes are typed."""
 
 import re
 from typing import Annotated, Final
@@ -30,10 +30,23 @@ def max_ram(text: str | None) -> int | None:
     """
     if text is None:
         return None
+    return size(text, option="--max-ram")
+
+
+def size(text: str, *, option: str) -> int:
+    """Bytes as a user typed them.
+
+    Args:
+        text: A number, with or without a unit.
+        option: Where it was typed.
+
+    Raises:
+        BadParameter: If it is no size.
+    """
     found = _SIZE.fullmatch(text.strip())
     if found is None:
         raise typer.BadParameter(
-            f"{text!r} is no size such as 500MB, 12GiB or 2000000000", param_hint="--max-ram"
+            f"{text!r} is no size such as 500MB, 12GiB or 2000000000", param_hint=option
         )
     number, prefix, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()])

@@ -1,18 +1,15 @@
 """Options that give units of the decoder widths of their own."""
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mbq_export.commands.memory_options import size
 from mbq_export.commands.number_options import PANEL
 
 if TYPE_CHECKING:
     from mbq_export.quantize.widths import MixedBits
-
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)(i?)B?", re.IGNORECASE)
-_POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3}
 
 AvgBits = Annotated[
     float | None,
@@ -74,7 +71,7 @@ def mixed_bits(
     return MixedBits(
         patterns=tuple(_pattern(text) for text in bits or ()),
         avg_bits=avg_bits,
-        bytes_budget=None if bytes_budget is None else _bytes(bytes_budget),
+        bytes_budget=None if bytes_budget is None else size(bytes_budget, option="--bytes-budget"),
         latency_table=latency_table,
     )
 
@@ -84,13 +81,3 @@ def _pattern(text: str) -> tuple[str, int]:
     if not equals or not pattern or not number.isdecimal():
         raise typer.BadParameter(f"{text!r} is not PATTERN=N", param_hint="--bits")
     return pattern, int(number)
-
-
-def _bytes(text: str) -> int:
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
-        raise typer.BadParameter(
-            f"{text!r} is no size such as 1000000, 3.5MiB or 2GB", param_hint="--bytes-budget"
-        )
-    number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()])

@@ -11,7 +11,6 @@ folder with config.json       model as transformers saves it
 
 from collections import Counter
 from collections.abc import Mapping
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
