@@ -2,7 +2,8 @@
 
 import functools
 import importlib
-from collections.abc import Generator
+import sys
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,29 @@ def bundle(built: tuple[Path, Outcome]) -> Path:
     folder, outcome = built
     assert outcome.status == 0, outcome.err
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _shared_models_stay(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that changes a model which others read fails itself, not they."""
+    yield
+    _refuse_change(request, "touched")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shared_bytes_stay(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The same for what no tensor notices, once per module: it reads all bytes."""
+    yield
+    _refuse_change(request, "rewritten")
+
+
+def _refuse_change(request: pytest.FixtureRequest, how: str) -> None:
+    shared = sys.modules.get("tests.questions")
+    found = [] if shared is None else getattr(shared, how)()
+    if found:
+        pytest.fail(
+            f"{request.node.nodeid} changed {', '.join(found[:3])} of a shared model; clone it"
+        )
 
 
 @functools.cache

@@ -26,7 +26,7 @@ QUANTIZED = MBQ.resolve({"prefix": "quantized", "tokens": "all"})
 EXACT = MBQ.resolve({"tokens": "all"})
 PER_HEAD = Tiny(kv_heads=4, seed=1)
 SAMPLES = 3
-TIES = 5e-3
+TIES = 3e-2
 """A weight on a tie may fall to the other code where scales differ by a float32 step; one in thousands does."""
 
 Units = dict[tuple[int, str], dict[str, Any]]
@@ -55,7 +55,7 @@ def test_every_unit_is_searched_on_what_rounded_blocks_and_units_before_leave() 
         chosen = expected.curve[round(record["alpha"] * 20)]
         assert chosen == pytest.approx(min(expected.curve), rel=TIES)
         if (layer, unit) != (0, "qkv"):
-            assert record["J"]["rtn"] != other[layer, unit]["J"]["rtn"]
+            assert abs(record["J"]["rtn"] / other[layer, unit]["J"]["rtn"] - 1) > 3 * TIES
 
 
 def test_the_first_unit_reads_what_full_precision_feeds_it() -> None:
