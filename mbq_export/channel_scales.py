@@ -190,11 +190,14 @@ class ChannelScales:
         return Switches.restored(self.calib.get("switches"))
 
     def of_block(self, index: int) -> dict[str, NDArray[np.float32]]:
-        """Scales of one block by unit name; units left as they are do not occur."""
+        """Scales of one block by unit name, in the order of names as in a file; units left as they are do not occur.
+
+        Folding one unit before another rounds differently: the order must not depend on where scales come from.
+        """
         prefix = f"layers.{index}."
         return {
             name.removeprefix(prefix).removesuffix(".e"): scale
-            for name, scale in self.scales.items()
+            for name, scale in sorted(self.scales.items())
             if name.startswith(prefix)
         }
 

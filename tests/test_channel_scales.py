@@ -197,3 +197,12 @@ def test_switches_of_error_feedback_are_stored_only_where_it_is_used() -> None:
         Switches.restored({name: value for name, value in stored.items() if name != "damp"})
     with pytest.raises(FormatError, match="Switches are missing or unknown: asym, damp"):
         Switches.restored({**stored, "rounding": "nearest"})
+
+
+def test_units_of_a_block_come_in_the_order_of_a_file(tmp_path: Path) -> None:
+    """Folding one unit before another rounds differently."""
+    scales = {f"layers.0.{unit}.e": np.ones(2, np.float32) for unit in ("qkv", "o", "down")}
+    made = ChannelScales(scales=scales, sensitivity={}, calib=CALIB)
+    made.write(tmp_path / "scales")
+    read = ChannelScales.read(tmp_path / "scales")
+    assert list(made.of_block(0)) == list(read.of_block(0)) == ["down", "o", "qkv"]
