@@ -127,33 +127,12 @@ def quantize_tower(
     check_finite({name: part.get_parameter(name) for name, _ in part.named_parameters()})
     fold_places(part, places, smoothing(part, places, scopes, pictures), scopes)
     folded = copy.deepcopy(part)
-    tensors: dict[str, NDArray[Any]] = {}
-    rows: list[dict[str, Any]] = []
-    for path in (path for place in places for path in place.into):
-        linear = part.get_submodule(scopes[path])
-        weight = linear.get_parameter("weight")
-        with located(path):
-            scheme.check_columns(weight.shape[1], CHANNEL)
-            codes = quantize(weight, scheme=scheme, group_size=CHANNEL)
-            note_zeros(path, weight, codes)
-        tensors |= packed_tensors(path, codes, scheme)
-        rows.append(_row(path, linear, codes, scheme))
-        _round(linear, codes, bits=scheme.act_bits)
-    names = _touched(folded, places, scopes)
-    kept = {name: exact(tensor, model, name) for name, tensor in names.items()}
+    coded = _coded(part, places, scopes, scheme)
+    tensors = {name: array for each, _ in coded for name, array in each.items()}
+    rows = tuple(row for _, row in coded)
+    kept = _touched(folded, places, scopes)
     judged = _tiles(samples.held_out if samples is not None else ()) or pictures
     error = projector_error(folded, part, judged)
-    facts = {
-        "scheme": scheme.name,
-        "group_size": CHANNEL,
-        "linears": [row["name"] for row in rows],
-        "smoothing": STRENGTH,
-        "projector": {
-            "error": float(f"{error:.{ERROR_DIGITS}g}"),
-            "limit": LIMIT,
-            "tiles": sum(len(each) for each in judged),
-        },
-    }
     if error > LIMIT:
         logger.warning(
             "MBQ-W1122: --vision-bits 8 moves the projector's output by %.2g %%, more than %g %%: --vision-bits 16",
@@ -161,11 +140,41 @@ def quantize_tower(
             100 * LIMIT,
         )
     return QuantizedTower(
-        tensors={**kept, **tensors},
+        tensors={**{name: exact(tensor, model, name) for name, tensor in kept.items()}, **tensors},
         replaced=frozenset(f"{row['name']}.weight" for row in rows),
-        linears=tuple(rows),
-        facts=facts,
+        linears=rows,
+        facts={
+            "scheme": scheme.name,
+            "group_size": CHANNEL,
+            "linears": [row["name"] for row in rows],
+            "smoothing": STRENGTH,
+            "projector": {
+                "error": float(f"{error:.{ERROR_DIGITS}g}"),
+                "limit": LIMIT,
+                "tiles": sum(len(each) for each in judged),
+            },
+        },
     )
+
+
+def _coded(
+    tower: nn.Module,
+    places: Sequence[TowerPlace],
+    scopes: Mapping[str, str],
+    scheme: QuantScheme,
+) -> list[tuple[dict[str, NDArray[Any]], dict[str, Any]]]:
+    """Let a folded tower compute with codes; its linears' tensors and rows for `mbq.json`, in order."""
+    found = []
+    for path in (path for place in places for path in place.into):
+        linear = tower.get_submodule(scopes[path])
+        weight = linear.get_parameter("weight")
+        with located(path):
+            scheme.check_columns(weight.shape[1], CHANNEL)
+            codes = quantize(weight, scheme=scheme, group_size=CHANNEL)
+            note_zeros(path, weight, codes)
+        found.append((packed_tensors(path, codes, scheme), _row(path, linear, codes, scheme)))
+        _round(linear, codes, bits=scheme.act_bits)
+    return found
 
 
 def smoothing(
