@@ -139,8 +139,9 @@ def build(request: BuildRequest, listener: Listener) -> BuildResult:
             what its checkpoint says. Nothing is published then, finished work is kept.
     """
     plan = planned(request)
+    mixed = ", widths mixed" if plan.request.mixed.asked else ""
     listener.note(
-        f"[1/{STAGES}] plan        {plan.request.model} ({plan.source.rule}), {plan.scheme_name}"
+        f"[1/{STAGES}] plan        {plan.request.model} ({plan.source.rule}), {plan.scheme_name}{mixed}"
     )
     if plan.lowering is not None:
         told = plan.level.told(plan.lowering, packed=plan.scheme is not None)

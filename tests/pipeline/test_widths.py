@@ -1,6 +1,7 @@
 """Widths of units from a request to graphs and engines: refused early, and computed as the checkpoint says."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 
 from mbq_export.backends.ort import open_graph
 from mbq_export.backends.torch import fake_quant_model
+from mbq_export.calibrate import Recipe, calibrate
+from mbq_export.calibrate.methods import METHODS
+from mbq_export.channel_scales import FOR_WIDTHS
 from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import UsageError
 from mbq_export.evaluate.describe import describe
@@ -29,7 +33,7 @@ from mbq_export.schemes import SCHEMES
 from tests.backends import plugin_graphs
 from tests.pipeline.test_engines import export_rounded
 from tests.pipeline.test_stages import Ear
-from tests.questions import tiny_model
+from tests.questions import questions, tiny_model
 from tests.tiny import Tiny, write_tiny
 
 DOWN = MixedBits(patterns=(("mlp.down_proj", 4),))
@@ -93,6 +97,21 @@ def test_a_plan_tells_the_average_with_its_scales_and_a_fingerprint_what_was_ask
     assert told == ("3.456", "w3a16 g128, mixed with 4 bits")
     assert width_facts(request(MixedBits())) == {}
     assert width_facts(request(DOWN))["mixed"]["bits"] == [["mlp.down_proj", 4]]
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_gradients_for_widths_change_nothing_that_a_method_finds(method: str) -> None:
+    model = tiny_model()
+    recipe = Recipe(scheme=SCHEMES["w3a16"], group_size=64, switches=METHODS[method].switches)
+    inputs = questions(model, 3)
+    plain = calibrate(model, inputs, recipe)
+    found = calibrate(model, inputs, replace(recipe, for_widths=True))
+    assert plain.sensitivity == {}
+    assert set(found.sensitivity) == {FOR_WIDTHS}
+    assert len(found.sensitivity[FOR_WIDTHS]["layers"]) == model.text.layers
+    assert found.calib == plain.calib
+    assert found.scales.keys() == plain.scales.keys()
+    assert all(np.array_equal(found.scales[name], plain.scales[name]) for name in plain.scales)
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS.names())
