@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mbq_export.errors import FormatError
+from mbq_export.evaluate.samples import generated_questions
 from mbq_export.evaluate.tasks import (
     Question,
     bootstrap_ci,
@@ -19,6 +21,9 @@ from mbq_export.evaluate.tasks import (
     paired_difference,
     read_tasks,
 )
+from mbq_export.evaluate.validate import Validation, validate
+from mbq_export.report import Report
+from tests.evaluate.bundles import sample_bundle
 
 
 def test_bootstrap_interval_equals_enumeration_for_two_clusters() -> None:
@@ -191,3 +196,47 @@ def test_empty_task_file_shows_an_example_line(tmp_path: Path) -> None:
         read_tasks(write(tmp_path))
     assert caught.value.code == "E4301"
     assert "answer" in caught.value.fix[0]
+
+
+ASKED_COUNT = 8
+ASKED = {"tiers": ("task",), "questions": ASKED_COUNT, "lowering": "qdq", "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The generated questions of the task tier as somebody would write them down, and one with a wrong answer."""
+    folder = tmp_path_factory.mktemp("task")
+    rows = []
+    for number, question in enumerate(generated_questions(ASKED_COUNT)):
+        assert isinstance(question.image, Image.Image)
+        name = f"{question.cluster}.png".replace("/", "-")
+        question.image.save(folder / name)
+        row = {"id": str(number), "image": name, "prompt": question.prompt}
+        rows.append({**row, "answer": list(question.answers), "kind": question.kind})
+    rows.append({**rows[0], "id": "wrong", "answer": "nothing of the kind", "kind": "wrong"})
+    path = folder / "task.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def own(task_file: Path) -> Report:
+    return validate(
+        sample_bundle(), Validation(**{**ASKED, "questions": ASKED_COUNT + 1}, data=task_file)
+    )
+
+
+def test_a_file_of_questions_is_answered_like_the_questions_themselves(own: Report) -> None:
+    generated = validate(sample_bundle(), Validation(**ASKED))
+    right = [row["right"] for row in generated.details["task"]]
+    assert [row["right"] for row in own.details["task"]] == [*right, False]
+    assert own["task/accuracy"].value == pytest.approx(sum(right) / (ASKED_COUNT + 1))
+
+
+def test_the_interval_holds_the_share_and_resamples_pictures(own: Report) -> None:
+    low, share, high = (own[f"task/accuracy{end}"].value for end in ("_low", "", "_high"))
+    assert low <= share <= high
+    assert low < high
+    pictures = own["task/pictures"].value
+    assert 1 <= pictures <= ASKED_COUNT
+    assert own["task/accuracy/wrong"].value == 0.0
