@@ -81,7 +81,7 @@ def test_method_and_lowering_contracts_list_every_member() -> None:
     ]
     independent = {c["name"]: set(c["modules"]) for c in contracts if c["type"] == "independence"}
     for name, folder, shared in [
-        ("Schemes do not know each other", "schemes", {"base", "affine", "oracle"}),
+        ("Schemes do not know each other", "schemes", {"base", "affine", "integers", "oracle"}),
         ("Methods do not know each other", "calibrate/methods", {"base"}),
         ("Lowerings do not know each other", "export/lowerings", {"base"}),
     ]:

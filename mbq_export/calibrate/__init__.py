@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from mbq_export.blocks.memory import plan_memory
-from mbq_export.blocks.room import Room
 from mbq_export.blocks.stream import BlockStream
 from mbq_export.blocks.tokens import count_classes, hash_inputs
 from mbq_export.calibrate.first_errors import FirstErrors, first_errors
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from mbq_export.blocks.room import Room
     from mbq_export.blocks.stream import Batch
     from mbq_export.channel_scales import Switches
     from mbq_export.families.base import LoadedModel

@@ -214,7 +214,9 @@ def test_csv_has_one_line_per_test_and_statistic(found: Found) -> None:
         r for r in rows if r["test"].startswith("tokens parity.logits") and r["statistic"] == "pass"
     )
     assert (verdict["value"], verdict["why"]) == ("", "no positions")
-    assert any(r["subject"] == "seed0 plain rtn w3-g128 0" and r["test"] == "KL answer" for r in rows)
+    assert any(
+        r["subject"] == "seed0 plain rtn w3-g128 0" and r["test"] == "KL answer" for r in rows
+    )
 
 
 def test_a_model_of_eighty_layers_stays_below_a_megabyte(tmp_path: Path) -> None:

@@ -102,7 +102,9 @@ def test_a_head_of_codes_is_read_instead_of_the_embedding(
 ) -> None:
     text = model.text
     steps = [
-        packed_step(tiny_checkpoint(tmp_path / str(bits), model, head_bits=bits), model.family, text)
+        packed_step(
+            tiny_checkpoint(tmp_path / str(bits), model, head_bits=bits), model.family, text
+        )
         for bits in (16, 4)
     ]
     weights = text.vocab * text.hidden
