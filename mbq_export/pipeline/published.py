@@ -9,6 +9,7 @@ from mbq_export.calibrate.methods.base import OF_SEARCH
 from mbq_export.calibrate.published import Published, fold_difference
 from mbq_export.channel_scales import ChannelScales
 from mbq_export.errors import UsageError
+from mbq_export.pipeline.request import UNQUANTIZED_BITS
 from mbq_export.pipeline.take_over import SWITCHES
 from mbq_export.reading import regular_size, sha256_of
 
@@ -25,7 +26,9 @@ logger = logging.getLogger(__name__)
 
 
 def needs_data(request: BuildRequest, scheme: QuantScheme | None, switches: Switches) -> bool:
-    """Whether anything looks at calibration data: a search, error feedback, or clipping.
+    """Whether anything looks at calibration data: a search, error feedback, clipping, or what is outside the decoder.
+
+    A tower in 8 bits needs pictures; what a head of codes costs is measured where there is data.
 
     Raises:
         UsageError: E2002 for data or switches that nothing would look at, and for scales where nothing is rounded.
@@ -39,10 +42,12 @@ def needs_data(request: BuildRequest, scheme: QuantScheme | None, switches: Swit
             fix=("--wbits 3", "--wbits 4"),
         )
     if published:
-        _refuse_search(request)
+        _refuse_search(request, switches)
     if scheme is None or switches == SWITCHES:
         return False
-    if not published or switches.looks_at_data:
+    tower, head = (bits != UNQUANTIZED_BITS for bits in (request.vision_bits, request.lm_head_bits))
+    outside = tower or (head and request.data is not None)
+    if not published or switches.looks_at_data or outside:
         return True
     if request.data is not None:
         raise UsageError(
@@ -54,14 +59,16 @@ def needs_data(request: BuildRequest, scheme: QuantScheme | None, switches: Swit
     return False
 
 
-def _refuse_search(request: BuildRequest) -> None:
-    """Refuse choices about the search that imported scales replace.
+def _refuse_search(request: BuildRequest, switches: Switches) -> None:
+    """Refuse choices about the search that imported scales replace; a joint search has a loss and tokens of its own.
 
     Raises:
         UsageError: E2002.
     """
-    searched = (*OF_SEARCH, "search_prompt_weight", "r_floor", "modality_weight")
-    for name in searched:
+    searched = {*OF_SEARCH, "search_prompt_weight", "r_floor", "modality_weight"}
+    if switches.search_scope == "block":
+        searched -= {"loss", "tokens"}
+    for name in sorted(searched):
         if name in request.replaced:
             raise UsageError(
                 "E2002",

@@ -212,13 +212,15 @@ def data_of(request: BuildRequest) -> CalibrationData:
         or replaced.get("clip", "none") != "none"
         or replaced.get("search_scope") == "block"
     )
-    blind = request.method == "rtn" and not looks and not request.mixed.chooses
+    tower = request.vision_bits != UNQUANTIZED_BITS
+    asking = f"--vision-bits {request.vision_bits}" if tower else f"--method {request.method}"
+    blind = request.method == "rtn" and not (looks or tower or request.mixed.chooses)
     if name is None and (request.model == SHIPPED or blind):
         name = DEFAULT_DATA
     if name is None:
         raise UsageError(
             "E2018",
-            f"--method {request.method} needs calibration data for {request.model}.",
+            f"{asking} needs calibration data for {request.model}.",
             why="scales and roundings are chosen on pictures and answers like those of the deployment",
             fix=("--data calib.jsonl", f"--data {DEFAULT_DATA} (a smoke test, not for real use)"),
         )

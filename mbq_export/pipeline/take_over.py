@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from mbq_export.channel_scales import Switches
 from mbq_export.errors import UsageError, located
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
 
 SWITCHES = Switches(method=METHOD)
 """What a checkpoint says of a method that somebody else chose."""
+
+CODES_KEPT: Final = "its codes are taken as they are"
+KEPT_AS_THEY_ARE: Final = {
+    "method": CODES_KEPT,
+    "lm_head_bits": "its head is taken as it is",
+    "vision_bits": "its tower is taken as it is",
+    "data": CODES_KEPT,
+    "import_scales": CODES_KEPT,
+    "sensitivity": CODES_KEPT,
+}
+"""Fields of a request that must have their defaults, and why."""
 
 
 def foreign_of(
@@ -51,23 +63,14 @@ def decided_by(request: BuildRequest, foreign: ForeignCheckpoint) -> BuildReques
             f"--group-size {request.group_size or 'channel'}",
             f"its groups have {foreign.group_size or 'all'} columns",
         )
-    if request.method != BuildRequest.method:
-        _contradiction(foreign, f"--method {request.method}", "its codes are taken as they are")
-    if request.lm_head_bits != BuildRequest.lm_head_bits:
-        _contradiction(
-            foreign, f"--lm-head-bits {request.lm_head_bits}", "its head is taken as it is"
-        )
-    if request.vision_bits != BuildRequest.vision_bits:
-        _contradiction(
-            foreign, f"--vision-bits {request.vision_bits}", "its tower is taken as it is"
-        )
-    if request.data is not None:
-        _contradiction(foreign, f"--data {request.data}", "its codes are taken as they are")
-    if request.import_scales is not None:
-        _contradiction(foreign, "--import-scales", "its codes are taken as they are")
+    for name, kept in KEPT_AS_THEY_ARE.items():
+        value = getattr(request, name)
+        if value != getattr(BuildRequest, name):
+            told = "" if isinstance(value, Path) else f" {value}"
+            _contradiction(foreign, f"--{name.replace('_', '-')}{told}", kept)
     if request.replaced:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in request.replaced)
-        _contradiction(foreign, names, "its codes are taken as they are")
+        _contradiction(foreign, names, CODES_KEPT)
     return replace(
         request, weight_bits=bits, scheme=foreign.scheme.name, group_size=foreign.group_size
     )

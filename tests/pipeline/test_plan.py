@@ -187,6 +187,18 @@ def test_another_model_needs_data(request_: BuildRequest, tmp_path: Path) -> Non
     assert "--data calib.jsonl" in error.fix
 
 
+def test_a_rounded_tower_of_another_model_needs_data_whatever_the_method(
+    request_: BuildRequest, tmp_path: Path
+) -> None:
+    copy = tmp_path / "model"
+    copy.symlink_to(make_plan(request_).source.folder, target_is_directory=True)
+    blind = replace(request_, model=str(copy), method="rtn")
+    assert make_plan(blind).data is not None
+    error = refused(blind, vision_bits=8)
+    assert error.code == "E2018"
+    assert error.message.startswith("--vision-bits 8 needs calibration data")
+
+
 def test_too_little_disk_is_said_before_work(
     request_: BuildRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

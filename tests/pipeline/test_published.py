@@ -33,6 +33,25 @@ def test_published_scales_need_no_data() -> None:
         needs_data(asked, None, SEARCH)
 
 
+def test_published_scales_beside_a_rounded_tower_need_its_pictures() -> None:
+    asked = replace(REQUEST, import_scales=Path("s.safetensors"), vision_bits=8)
+    assert needs_data(asked, W3, SEARCH)
+    assert needs_data(replace(asked, data="calib.jsonl"), W3, SEARCH)
+
+
+def test_published_scales_beside_a_rounded_head_take_data_and_do_without() -> None:
+    asked = replace(REQUEST, import_scales=Path("s.safetensors"), lm_head_bits=4)
+    assert not needs_data(asked, W3, SEARCH)
+    assert needs_data(replace(asked, data="calib.jsonl"), W3, SEARCH)
+
+
+def test_joint_search_on_scales_of_others_has_a_loss_of_its_own() -> None:
+    asked = replace(REQUEST, import_scales=Path("s.safetensors"), replaced={"loss": "mse"})
+    assert needs_data(asked, W3, Switches(method="qvlm", search_scope="block", loss="mse"))
+    with pytest.raises(UsageError, match="--loss decides nothing here"):
+        needs_data(asked, W3, Switches(method="mbq", loss="mse"))
+
+
 def test_scales_of_others_leave_no_search_to_choose_for() -> None:
     asked = replace(REQUEST, import_scales=Path("s.safetensors"), replaced={"grid": "20"})
     with pytest.raises(UsageError, match="--grid decides nothing here") as caught:

@@ -56,6 +56,7 @@ def test_what_agrees_with_the_folder_may_be_said(request_: BuildRequest) -> None
         ({"data": "builtin:shapes"}, "--data builtin:shapes"),
         ({"replaced": {"compat": "mbq"}}, "--compat"),
         ({"import_scales": Path("scales.safetensors")}, "--import-scales"),
+        ({"sensitivity": Path("sensitivity.json")}, "--sensitivity"),
     ],
 )
 def test_choice_that_contradicts_the_folder_is_refused(
