@@ -26,16 +26,12 @@ from mbq_export.evaluate.cache_rounding import cache_checks
 from mbq_export.evaluate.comparison import NO_POSITIONS
 from mbq_export.evaluate.fidelity import quality_checks
 from mbq_export.evaluate.integrity import check_structure
+from mbq_export.evaluate.lmms import Tasks, find_tasks
 from mbq_export.evaluate.numeric import run_numeric
-from mbq_export.evaluate.samples import generated_questions, parity_samples
+from mbq_export.evaluate.samples import parity_samples
 from mbq_export.evaluate.sides import Oracle, Setup, open_tested
-from mbq_export.evaluate.tasks import ask, read_tasks, task_measurements
-from mbq_export.evaluate.tokens import (
-    collapse_check,
-    run_prompts,
-    token_checks,
-    token_measurements,
-)
+from mbq_export.evaluate.task_tier import run_tasks
+from mbq_export.evaluate.tokens import run_prompts, token_checks, token_measurements
 from mbq_export.evaluate.tolerances import (
     BUILD_PROMPTS,
     PARITY,
@@ -83,7 +79,9 @@ class Validation:
             pictures that no calibration or training has seen.
         full_precision: Model folder for the quality checks; None leaves them out.
         kv_bits: 8 adds to the numeric tier what a cache of 8 bits would cost answers; 16 leaves that out.
-        questions: Most questions of the task tier.
+        questions: Most questions of the task tier, or of each of its ``tasks``.
+        tasks: Tasks of lmms-eval for the task tier, instead of questions.
+        task_folder: Folder of their task files; None takes those that lmms-eval brings.
         threads: CPU threads of the tested backend; 0 takes all.
         engine_timeout_s: Limit of one call of an engine.
         tensors: Folder for the tensors at the first bad place; None writes none.
@@ -100,6 +98,8 @@ class Validation:
     full_precision: Path | None = None
     kv_bits: int = 16
     questions: int = 500
+    tasks: tuple[str, ...] = ()
+    task_folder: Path | None = None
     threads: int = 0
     engine_timeout_s: float = CALL_SECONDS
     tensors: Path | None = None
@@ -119,13 +119,14 @@ def validate(
         progress: Called between samples, over all tiers.
 
     Raises:
-        UsageError: E2001 for an unknown tier, dtype, backend or lowering.
-        MachineError: E3003 if the backend is not here.
+        UsageError: E2001 for an unknown tier, dtype, backend, lowering or task.
+        MachineError: E3003 if the backend is not here, E3007 if lmms-eval is not.
     """
     chosen = validation or Validation()
     _check_known(chosen)
     BACKENDS[chosen.backend]  # refuses an unknown name before any work
-    run = _Run(bundle=bundle, validation=chosen, progress=progress)
+    named = find_tasks(chosen.tasks, chosen.task_folder) if chosen.tasks else None
+    run = _Run(bundle=bundle, validation=chosen, named=named, progress=progress)
     for tier in TIERS:
         if tier in chosen.tiers:
             with located(tier):
@@ -184,6 +185,7 @@ class _Run:
     bundle: Bundle
     validation: Validation
     progress: Progress
+    named: Tasks | None = None
     checks: list[Check] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
@@ -280,20 +282,10 @@ class _Run:
 
     def task(self) -> None:
         """Ask questions."""
-        chosen = self.validation
-        questions = (
-            generated_questions(chosen.questions)
-            if chosen.data is None
-            else read_tasks(chosen.data)[: chosen.questions]
-        )
-        with self.setup.open() as session:
-            answers = ask(session, questions, new_tokens=chosen.new_tokens, progress=self.progress)
-        self.measurements += task_measurements(questions, answers)
-        self.details["task"] = [
-            {"id": question.name, "kind": question.kind, "right": answer.right}
-            for question, answer in zip(questions, answers, strict=True)
-        ]
-        self.checks.append(collapse_check([answer.collapsed for answer in answers], tier="task"))
+        found = run_tasks(self.setup, self.validation, self.named, progress=self.progress)
+        self.checks += found.checks
+        self.measurements += found.measurements
+        self.details |= found.details
 
     def report(self) -> Report:
         """Put everything into one report."""

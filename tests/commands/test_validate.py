@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,19 @@ def test_folder_that_is_no_bundle_is_refused_with_what_would_be_one(
     assert outcome.document["error"]["fix"] == ["mbq-export build --model MODEL -o DIR"]
 
 
+def test_tasks_of_lmms_eval_need_its_package(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    outcome = run("validate", bundle, "--tier", "task", "--tasks", "shapes")
+    assert (outcome.status, outcome.code) == (3, "E3007")
+    assert outcome.document["error"]["message"] == "lmms-eval is not installed."
+
+
+def test_what_the_task_tier_measured_is_shown(bundle: Path) -> None:
+    outcome = tell("validate", bundle, "--tier", "task", "--questions", "2", "--new-tokens", "4")
+    rows = [line.split() for line in outcome.out.splitlines()]
+    assert ["task/questions", "2"] in rows
+
+
 @pytest.mark.parametrize(
     ("line", "status", "code", "words"),
     [
@@ -104,6 +118,12 @@ def test_folder_that_is_no_bundle_is_refused_with_what_would_be_one(
         (["--questions", "none"], 2, "E2003", "(got 'none')"),
         (["--threads", "100000"], 2, "E2003", "100000 threads for"),
         (["--model", "nope", "--tier", "numeric"], 4, "E4001", "There is no config.json in nope."),
+        (["--tasks", "shapes"], 2, "E2002", "--tasks is given with --tier structure,numeric"),
+        (["--include-path", ".", "--tier", "task"], 2, "E2002", "without --tasks"),
+        (["--tier", "task", "--tasks", "a", "--data", "b"], 2, "E2002", "both given"),
+        (["--tier", "task", "--tasks", "a,,b"], 2, "E2003", "--tasks has an empty name."),
+        (["--tier", "task", "--tasks", ""], 2, "E2003", "--tasks has an empty name."),
+        (["--tier", "task", "--tasks", "a", "--include-path", "no"], 2, "E2003", "is no folder."),
         (["--data", "nope", "--tier", "numeric"], 4, "E4301", "There is no file 'nope'"),
     ],
 )
