@@ -130,7 +130,12 @@ def command(
         lm_head_bits=lm_head_bits,
         vision_bits=vision_bits,
         method=switches.method,
-        replaced=chosen,
+        # A preset may round otherwise than the scales say.
+        replaced={
+            "rounding": switches.rounding,
+            "search_scope": switches.search_scope,
+            **chosen,
+        },
         # Plain nearest rounding looks at no data; what is named then only keeps the plan from asking for some.
         data=data if looks else "builtin:shapes",
         samples=drawn.get("samples") or 128,

@@ -15,6 +15,7 @@ from mbq_export.errors import UsageError
 from mbq_export.evaluate.sides import Oracle
 from mbq_export.evaluate.study import STUDY_QUESTIONS, study
 from mbq_export.families.base import LoadedModel
+from mbq_export.pipeline.engine_options import EngineOptions
 from mbq_export.pipeline.request import BuildRequest
 from mbq_export.progress import Progress
 from mbq_export.quantize.foreign import ForeignCheckpoint
@@ -48,6 +49,10 @@ def check_fake_quant(
     engines = [f"--target {name}" for name in request.targets if name not in WITHOUT_ENGINES]
     engines += [f"--lowering {request.lowering}"] if request.lowering != AUTO else []
     engines += ["--require-engine"] if request.require_engine else []
+    engines += ["--kv"] if request.kv is not None else []
+    engines += ["--op-level"] if request.op_level != AUTO else []
+    engines += ["--max-context"] if request.max_context is not None else []
+    engines += ["options of engines"] if request.engines != EngineOptions() else []
     reasons = {
         "--wbits 16": ("nothing is rounded", scheme is None),
         "codes of others": ("they have no full precision to be held against", foreign is not None),

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from mbq_export.quantize.unit_errors import Errors
     from mbq_export.schemes.base import QuantScheme
 
-UNITS_OF_COST = {"code_bits": "bits of codes", "bytes": "bytes", "nanoseconds": "ns"}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:

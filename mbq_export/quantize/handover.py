@@ -96,6 +96,13 @@ def check_holds(checkpoint: QuantCheckpoint, form: ForeignFormat) -> None:
             why="engines that read the format expect a head of numbers",
             fix=("quantize with --lm-head-bits 16", "--to onnx"),
         )
+    if checkpoint.tower:
+        raise UsageError(
+            "E2006",
+            f"{form.name} cannot hold this checkpoint: its vision tower is codes.",
+            why="engines that read the format expect a tower of numbers",
+            fix=("quantize with --vision-bits 16", "--to onnx"),
+        )
     kinds = {(record.scheme.name, record.group_size) for record in checkpoint.records.values()}
     wanted = (checkpoint.scheme_name, checkpoint.group_size)
     if checkpoint.scheme_name not in form.schemes or kinds != {wanted}:

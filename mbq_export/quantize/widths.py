@@ -139,15 +139,6 @@ class MixedBits:
         return next((name for name, value in given.items() if value is not None), "--bits")
 
 
-def schemes_of(mixed: MixedBits, scheme: QuantScheme | None) -> tuple[QuantScheme, ...]:
-    """Every number format that a model may get, fewest bits first; none of the full-precision baseline."""
-    if scheme is None:
-        return ()
-    bits = {bits for _, bits in mixed.patterns} | ({NARROW, WIDE} if mixed.chooses else set())
-    names = {scheme.name, *(SCHEME_OF[each] for each in bits)}
-    return tuple(sorted((SCHEMES[name] for name in names), key=lambda each: each.weight_bits))
-
-
 def fixed_bits(mixed: MixedBits, *, family: ModelFamily, layers: int) -> dict[Unit, int]:
     """Widths of the units that patterns name.
 

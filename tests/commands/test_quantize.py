@@ -104,6 +104,17 @@ def test_error_feedback_of_the_stage_alone_is_that_of_the_build(
     assert (info["method"]["hessian"], info["method"]["asym"]) == ("auto", "auto")
 
 
+def test_an_option_may_fit_the_scales_and_not_their_preset(
+    model: Path, scales_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    scales = scales_of("mbq", "--rounding", "gptq", "--hessian", "plain", "--asym", "0")
+    line = ("--scales", scales, *DATA, "--damp", "0.05", "-o", tmp_path / "fed")
+    outcome = run("quantize", "--model", model, *line)
+    assert outcome.status == 0, outcome.err
+    rows = outcome.document["result"]["linears"]
+    assert {row["feedback"]["damp"] for row in rows} == {0.05}
+
+
 def test_options_replace_what_the_scales_say_of_rounding(
     model: Path, scales_of: Callable[..., Path], tmp_path: Path
 ) -> None:

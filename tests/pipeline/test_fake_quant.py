@@ -13,6 +13,7 @@ from mbq_export.evaluate.integrity import check_structure
 from mbq_export.export import GraphForm, check_forms
 from mbq_export.pipeline import fake_quant
 from mbq_export.pipeline.continuing import continued_plan
+from mbq_export.pipeline.engine_options import EngineOptions
 from mbq_export.pipeline.fake_quant import check_fake_quant
 from mbq_export.pipeline.plan import make_plan
 from mbq_export.pipeline.request import BuildRequest, scheme_of
@@ -58,6 +59,10 @@ def test_two_bits_are_that_format() -> None:
         ({"targets": ("rtx4090:rtx",)}, "--target rtx4090:rtx"),
         ({"lowering": "qdq"}, "--lowering qdq"),
         ({"require_engine": True}, "--require-engine"),
+        ({"kv": "concat"}, "--kv"),
+        ({"op_level": "opset20"}, "--op-level"),
+        ({"max_context": 512}, "--max-context"),
+        ({"engines": EngineOptions(max_batch=2)}, "options of engines"),
     ],
 )
 def test_an_evaluation_builds_no_engines(change: dict[str, object], what: str) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint in the formats of others: whole folders, settings that transformers reads, and refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from mbq_export.checkpoint import QuantCheckpoint
 from mbq_export.errors import UsageError
 from mbq_export.families.base import LoadedModel
 from mbq_export.quantize.formats import FORMATS
-from mbq_export.quantize.handover import ORIGIN_FILE, hand_over
+from mbq_export.quantize.handover import ORIGIN_FILE, check_holds, hand_over
 from mbq_export.reading import sha256_of
 from tests.tiny import PROCESSOR_FILES, Tiny, load_tiny, tiny_checkpoint
 
@@ -123,6 +124,19 @@ def test_finished_folder_is_replaced_on_request_and_nothing_else_is(
         hand_over(checkpoint, FORMATS["awq"], tmp_path / "mine", force=True)
     assert caught.value.code == "E2011"
     assert (tmp_path / "mine" / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("part", "facts", "what"),
+    [("lm_head", {"bits": 4}, "output head"), ("vision", {"linears": ["a.b"]}, "vision tower")],
+)
+def test_codes_outside_the_decoder_are_refused(
+    checkpoint: QuantCheckpoint, part: str, facts: dict[str, object], what: str
+) -> None:
+    coded = replace(checkpoint, info={**checkpoint.info, part: facts})
+    with pytest.raises(UsageError, match=f"its {what} is codes") as caught:
+        check_holds(coded, FORMATS["compressed-tensors"])
+    assert caught.value.code == "E2006"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from mbq_export.errors import UsageError
 from mbq_export.families import FAMILIES
-from mbq_export.quantize.widths import SCHEME_OF, MixedBits, fixed_bits, schemes_of
+from mbq_export.quantize.widths import MixedBits, fixed_bits
 from mbq_export.schemes import SCHEMES
 
 FAMILY = FAMILIES["llava_onevision"]
@@ -69,11 +69,3 @@ def test_what_cannot_be_mixed_is_refused(
 def test_nothing_asked_for_is_never_refused() -> None:
     MixedBits().check(None, 0)
     assert not MixedBits().asked
-
-
-def test_formats_that_may_come_out_are_told() -> None:
-    narrow, wide = (SCHEMES[name] for name in SCHEME_OF.values())
-    assert schemes_of(MixedBits(), narrow) == (narrow,)
-    assert schemes_of(MixedBits(avg_bits=3.2), narrow) == (narrow, wide)
-    assert schemes_of(MixedBits(patterns=(("*", 3),)), wide) == (narrow, wide)
-    assert schemes_of(MixedBits(), None) == ()
