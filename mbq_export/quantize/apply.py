@@ -67,18 +67,17 @@ class Rounding:
         return found
 
 
-class RoundedLinears(Protocol):
-    """Linears of a block, rounded for what they read."""
+@dataclass(frozen=True, kw_only=True)
+class RoundedLinears:
+    """Linears of a block, rounded for what they read.
 
-    @property
-    def codes(self) -> Mapping[str, Codes]:
-        """By linear, relative to the block."""
-        ...
+    Attributes:
+        codes: By linear, relative to the block.
+        facts: By linear, what `mbq.json` says beside the row of every method.
+    """
 
-    @property
-    def facts(self) -> Mapping[str, Mapping[str, Any]]:
-        """By linear, what `mbq.json` says beside the row of every method."""
-        ...
+    codes: dict[str, Codes] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Rounder(Protocol):

@@ -10,7 +10,6 @@ found is kept in the state, because it may be needed after the decoder block whe
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -22,6 +21,7 @@ from mbq_export.blocks.loss import ClassWeights
 from mbq_export.blocks.ratios import prompt_weight_of, r_of
 from mbq_export.errors import GateError, UsageError, located
 from mbq_export.families.base import ANSWER, PROMPT, VISION
+from mbq_export.quantize.apply import RoundedLinears
 from mbq_export.quantize.dependency import (
     CONDITIONAL_ENTROPY,
     MUTUAL_INFORMATION,
@@ -56,19 +56,6 @@ LINKS: Final = "links"
 SEARCHES: Final = "searches"
 """Names of the two kinds of finished work in a `State`."""
 DIGITS: Final = 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchedBlock:
-    """One decoder block after rounding.
-
-    Attributes:
-        codes: By linear, relative to the block.
-        facts: By linear, what `mbq.json` says beside the row of every method.
-    """
-
-    codes: dict[str, Codes] = field(default_factory=dict)
-    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class BlockSearch:
@@ -129,7 +116,7 @@ class BlockSearch:
             len(samples.inputs),
         )
 
-    def round(self, block: nn.Module, index: int) -> SearchedBlock:
+    def round(self, block: nn.Module, index: int) -> RoundedLinears:
         """Round all linears of a block.
 
         Args:
@@ -140,7 +127,7 @@ class BlockSearch:
             GateError: E1103, naming the halves.
             FormatError: E4112.
         """
-        made = SearchedBlock()
+        made = RoundedLinears()
         self._search_those_begun(block, index)
         self._refold(block, index)
         for half in self._halves_of(block, index):

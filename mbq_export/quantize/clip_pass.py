@@ -6,13 +6,13 @@ those scales sees it. Only the parts of the Gram matrices inside groups are kept
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from mbq_export.blocks.gram import GroupGram
 from mbq_export.blocks.ratios import weighings
 from mbq_export.blocks.reading import rows_read_by
 from mbq_export.errors import UsageError, located
+from mbq_export.quantize.apply import RoundedLinears
 from mbq_export.quantize.clip import SKIPPED, ClippedGrids, clip_facts, round_clipped
 from mbq_export.quantize.gptq import check_hessian
 from mbq_export.quantize.streams import Streams, rows_multiplied
@@ -34,19 +34,6 @@ if TYPE_CHECKING:
 
 FEWEST_WEIGHED_BITS: Final = 3
 """With fewer bits token classes weigh alike: errors are too large for ratios of first-order gradients."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClippedBlock:
-    """One block after rounding.
-
-    Attributes:
-        codes: By linear, relative to the block.
-        facts: By linear, what `mbq.json` says beside the row of every method.
-    """
-
-    codes: dict[str, Codes]
-    facts: dict[str, dict[str, Any]]
 
 
 class ClipPass:
@@ -78,7 +65,7 @@ class ClipPass:
         self._report = scales.sensitivity
         self._seen = Streams.begin(stream, samples.inputs, exact=True, moved=False)
 
-    def round(self, block: nn.Module, index: int) -> ClippedBlock:
+    def round(self, block: nn.Module, index: int) -> RoundedLinears:
         """Round all linears of a block.
 
         Args:
@@ -100,7 +87,7 @@ class ClipPass:
                     with located(linear):
                         found = self._rounded(weight, blocks.get(linear), scheme)
                     codes[linear], facts[linear] = found
-        return ClippedBlock(codes=codes, facts=facts)
+        return RoundedLinears(codes=codes, facts=facts)
 
     def go_on(self, block: nn.Module, index: int, codes: Mapping[str, Codes]) -> None:  # noqa: ARG002
         """Let the rows pass a block that is finished, now or by an earlier run.

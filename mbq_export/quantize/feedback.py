@@ -20,6 +20,7 @@ from mbq_export.blocks.loss import ClassWeights
 from mbq_export.blocks.ratios import prompt_weight_of, r_of, weighings
 from mbq_export.blocks.reading import rows_read_by
 from mbq_export.errors import UsageError, located
+from mbq_export.quantize.apply import RoundedLinears
 from mbq_export.quantize.clip import SKIPPED, ClippedGrids, clip_facts
 from mbq_export.quantize.gptq import Rounded, factorise, retarget, round_linear
 from mbq_export.quantize.held_out import clearly_better, losses
@@ -71,21 +72,17 @@ class Way:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundedBlock:
+class RoundedBlock(RoundedLinears):
     """One block, rounded one way.
 
     Attributes:
         way: Which.
         block: A copy of the block that computes as its codes do.
-        codes: By linear, relative to the block.
-        facts: By linear, what `mbq.json` says beside the row of every method.
         held_out: (samples,) J of held-out samples; None where nothing was to be decided.
     """
 
     way: Way
     block: nn.Module
-    codes: dict[str, Codes]
-    facts: dict[str, dict[str, Any]]
     held_out: NDArray[np.float64] | None = None
 
 
